@@ -23,7 +23,7 @@ _HOMES = {
 }
 _MODULES = ("errors", "files", "inference", "models", "ops", "state", "testing", "text", "training", "weights")
 
-__all__ = [  # noqa: F822 - resolved by __getattr__
+__all__ = [
     "SnapshotError",
     "StateError",
     "WeightsError",

@@ -9,6 +9,7 @@ the work, and its outputs are put back in place.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 __all__ = ["blank", "check_ragged", "run_packed", "valid_steps"]
 
-#: What an operator does with one padded batch: (inputs with a time axis, state leaves, lengths) → (y, new state leaves).
+#: What an operator does with one padded batch:
+#: (inputs with a time axis, state leaves, lengths) → (y, new state leaves).
 Padded = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 
@@ -54,7 +56,7 @@ def check_ragged(
         raise ValueError(f"{op}: cu_seqlens is empty; it starts with 0 and ends with T={time}")
     if not tracing:
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != time or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != time or any(b < a for a, b in itertools.pairwise(ends)):
             raise ValueError(f"{op}: cu_seqlens must run from 0 to T={time} without falling, got {ends}")
     return cu_seqlens.shape[0] - 1
 
@@ -98,7 +100,7 @@ def run_packed(
         count = lengths[rows]
         steps = torch.arange(width, device=lengths.device)
         index = (starts[rows, None] + steps).clamp(max=max(total - 1, 0))  # (rows, width)
-        padded = [x[0].index_select(0, index.flatten()).unflatten(0, index.shape) for x in inputs]
+        padded = [x[0].index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]) for x in inputs]
         y, new = operator(padded, [leaf.index_select(0, rows) for leaf in state], count)
         # Padding writes to one extra place at the end, which is cut off.
         places.append(torch.where(steps < count[:, None], index, total).flatten())
