@@ -1,0 +1,129 @@
+"""Models by name: create one from its configuration, load one from a published file, save it in any of its formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+
+from statewise.errors import WeightsError
+from statewise.weights import Checkpoint, read, write
+
+if TYPE_CHECKING:
+    from statewise.models.mamba import Mamba
+    from statewise.models.rwkv4 import RWKV4
+    from statewise.models.rwkv7 import RWKV7
+
+    LanguageModel: TypeAlias = RWKV4 | RWKV7 | Mamba
+
+__all__ = ["create", "list_models", "load", "save"]
+
+
+class _Home(NamedTuple):
+    module: str
+    config: str
+    model: str
+
+
+_MODELS = {
+    "mamba": _Home("mamba", "MambaConfig", "Mamba"),
+    "rwkv4": _Home("rwkv4", "RWKV4Config", "RWKV4"),
+    "rwkv7": _Home("rwkv7", "RWKV7Config", "RWKV7"),
+}
+
+
+def list_models() -> list[str]:
+    """The names :func:`create` knows."""
+    return sorted(_MODELS)
+
+
+def create(name: str, **fields: Any) -> LanguageModel:
+    """A model with its authors' initialisation, seeded by torch's global generator.
+
+    Args:
+        name: one of :func:`list_models`.
+        **fields: fields of its configuration, e.g. ``vocab_size=256, num_layers=4, width=256``.
+
+    Raises:
+        ValueError: an unknown name, or a field that is unknown, missing or out of range.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}")
+    home = _MODELS[name]
+    module = importlib.import_module(f"statewise.models.{home.module}")
+    kind = getattr(module, home.config)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"{name} has no field {unknown[0]!r}; its fields: {', '.join(known)}")
+    required = [
+        field.name
+        for field in known.values()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if absent := [field for field in required if field not in fields]:
+        raise ValueError(f"{name} needs {', '.join(absent)}")
+    model: LanguageModel = getattr(module, home.model)(kind(**fields))
+    return model
+
+
+def load(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **fields: Any) -> LanguageModel:
+    """Open a published checkpoint or one of our own; architecture and sizes are found from the contents.
+
+    Args:
+        path: a ``.pth``, ``.bin`` or ``.safetensors`` file, or a directory with ``config.json``.
+        dtype: what parameters are cast to, before anything is computed from them.
+        **fields: configuration fields that tensors cannot tell; they win over the file's own configuration text.
+
+    Raises:
+        WeightsError: unreadable, unknown, or a missing, extra or mis-shaped tensor, which is named.
+        FileNotFoundError: nothing is there.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; accepted are floating-point dtypes")
+    found = read(path, **fields)
+    name = os.fspath(path)
+    try:
+        # Every value is about to be replaced: the meta device spares the random initialisation and its memory.
+        with torch.device("meta"):
+            model = create(found.architecture, **found.fields)
+    except ValueError as error:
+        raise WeightsError(f"{name}: {error}") from error
+    expected = model.state_dict()
+    if missing := [key for key in expected if key not in found.tensors]:
+        raise WeightsError(f"{name}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    if extra := [key for key in found.tensors if key not in expected]:
+        raise WeightsError(f"{name}: unknown tensor {extra[0]} ({len(extra)} in all)")
+    for key, tensor in found.tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise WeightsError(
+                f"{name}: tensor {key} has shape {tuple(tensor.shape)}, this {found.architecture} "
+                f"expects {tuple(expected[key].shape)}"
+            )
+        if not tensor.dtype.is_floating_point:
+            raise WeightsError(f"{name}: tensor {key} has dtype {tensor.dtype}; weights are floating point")
+    tensors = {key: tensor.to(dtype, copy=True).contiguous() for key, tensor in found.tensors.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def save(model: LanguageModel, path: str | os.PathLike[str], format: str = "statewise") -> None:
+    """Write a model; see :func:`statewise.weights.write` for the formats. Dtypes are kept.
+
+    Raises:
+        ValueError: an unknown format, or one that cannot hold this architecture.
+    """
+    write(path, checkpoint_of(model), format)
+
+
+def checkpoint_of(model: LanguageModel) -> Checkpoint:
+    """A model as names, fields and tensors (which share the model's memory)."""
+    config = model.config
+    for name, home in _MODELS.items():
+        if type(config).__name__ == home.config:
+            return Checkpoint(name, dataclasses.asdict(config), dict(model.state_dict()), "statewise")
+    raise ValueError(f"model of type {type(model).__name__} is none of {', '.join(list_models())}")

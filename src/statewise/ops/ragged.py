@@ -78,7 +78,7 @@ def run_packed(
 
     Args:
         operator: serves one padded batch.
-        inputs: each ``(1, T, ...)``.
+        inputs: each ``(1, T, ...)``, T ≥ 1.
         state: leaves, each ``(n, ...)``.
         cu_seqlens: ``(n + 1,)`` checked boundaries.
 
@@ -107,11 +107,6 @@ def run_packed(
         y_parts.append(y.flatten(0, 1))
         state_parts.append(new)
         rows_of.append(rows)
-    if not buckets:
-        y, new = operator(
-            inputs, [leaf[:0].expand(1, *leaf.shape[1:]) if leaf.shape[0] else leaf for leaf in state], lengths
-        )
-        return y, list(state)
     source = torch.cat(y_parts)
     y = source.new_zeros(total + 1, *source.shape[1:]).index_copy(0, torch.cat(places), source)[:total]
     order = torch.argsort(torch.cat(rows_of))
@@ -120,12 +115,14 @@ def run_packed(
 
 
 def _buckets(lengths: Tensor) -> list[tuple[Tensor, int]]:
-    """Rows grouped so that the longest of a group is less than twice its shortest; (rows, longest)."""
+    """Rows grouped so that the longest of a group is less than twice its shortest; (rows, longest).
+
+    A bucket of empty sequences is one step wide, since an operator is never given T = 0."""
     groups: dict[int, list[int]] = {}
     sizes = lengths.tolist()
     for row, size in enumerate(sizes):
         groups.setdefault(size.bit_length(), []).append(row)
     return [
-        (torch.tensor(rows, device=lengths.device), max(sizes[row] for row in rows))
+        (torch.tensor(rows, device=lengths.device), max(1, *(sizes[row] for row in rows)))
         for _, rows in sorted(groups.items())
     ]

@@ -1,0 +1,126 @@
+"""Published checkpoints: files in, names and sizes found from the contents, tensors out, and the way back.
+
+Nothing here knows a module: :func:`read` returns our own names, fields and tensors, which ``statewise.models`` builds
+from. A checkpoint never executes code, and whatever is wrong with one is a :class:`~statewise.errors.WeightsError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from statewise.errors import WeightsError
+from statewise.files import atomic_write
+from statewise.weights import files, mamba, rwkv
+
+__all__ = ["FORMATS", "Checkpoint", "read", "write"]
+
+#: What :func:`write` can make. "rwkv" is one ``.pth`` file, the others are directories.
+FORMATS = ("statewise", "rwkv", "mamba-ssm", "hf", "mamba.py")
+
+_MAMBA_LAYOUT = {"mamba-ssm": "state-spaces", "hf": "transformers", "mamba.py": "mamba.py"}
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds, in our terms.
+
+    ``architecture``: a name :func:`statewise.create` knows. ``fields``: arguments of its configuration that the
+    contents decide. ``tensors``: our parameter names → tensors in the file's own dtype. ``layout``: whose naming it
+    was.
+    """
+
+    architecture: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    layout: str
+
+
+def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
+    """Open a checkpoint without being told what it is.
+
+    Args:
+        path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` file, or a directory holding one beside ``config.json``.
+        **fields: what the file cannot tell; these win over what configuration text in the file says.
+
+    Raises:
+        WeightsError: unreadable, of no known architecture, or contradicting itself; names the file and the tensor.
+        FileNotFoundError: nothing is there.
+    """
+    source = Path(path)
+    config: dict[str, Any] | None = None
+    if source.is_dir():
+        config, source = files.open_directory(source)
+    elif not source.exists():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    tensors = files.read_tensors(source)
+    try:
+        found = _recognise(config, tensors)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+    return found._replace(fields={**found.fields, **fields})
+
+
+def _recognise(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Checkpoint:
+    if config is not None and "architecture" in config:  # our own directory
+        architecture, own = config["architecture"], config.get("config")
+        if not isinstance(architecture, str) or not isinstance(own, dict):
+            raise ValueError("config.json names no architecture and configuration of ours")
+        return Checkpoint(architecture, dict(own), tensors, "statewise")
+    names = set(tensors)
+    layout = mamba.detect(config, names)
+    if layout is not None:
+        fields, renamed = mamba.to_ours(layout, config or {}, tensors)
+        return Checkpoint("mamba", fields, renamed, layout)
+    architecture = rwkv.detect(names, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if architecture is None:
+        few = ", ".join(sorted(names)[:3])
+        raise ValueError(f"the tensor names (first: {few}) belong to no architecture this release knows")
+    fields, renamed = rwkv.to_ours(architecture, tensors)
+    return Checkpoint(architecture, fields, renamed, "rwkv")
+
+
+def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "statewise") -> None:
+    """Write a checkpoint; dtypes are kept, every file appears whole or not at all.
+
+    Args:
+        path: the ``.pth`` file ("rwkv") or the directory (made if missing) to write.
+        checkpoint: in our terms; its ``layout`` does not matter.
+        format: one of :data:`FORMATS`.
+
+    Raises:
+        ValueError: an unknown format, or one that cannot hold this architecture.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; accepted are {', '.join(map(repr, FORMATS))}")
+    architecture, target = checkpoint.architecture, Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    family = "mamba" if architecture == "mamba" else re.sub(r"\d", "", architecture)
+    if (format == "rwkv" and family != "rwkv") or (format in _MAMBA_LAYOUT and family != "mamba"):
+        raise ValueError(f"format {format!r} cannot hold a {architecture} model")
+    if format == "rwkv":
+        flat = rwkv.from_ours(architecture, checkpoint.fields, tensors)
+        atomic_write(target, lambda temporary: torch.save(flat, temporary))
+        return
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"format {format!r} is a directory, but {target} is a file")
+    target.mkdir(parents=True, exist_ok=True)
+    if format == "statewise":
+        files.write_safetensors(target / "model.safetensors", tensors)
+        config: Mapping[str, Any] = {"architecture": architecture, "config": checkpoint.fields}
+    else:
+        config, renamed = mamba.from_ours(_MAMBA_LAYOUT[format], checkpoint.fields, tensors)
+        if format == "mamba-ssm":
+            atomic_write(target / "pytorch_model.bin", lambda temporary: torch.save(renamed, temporary))
+        elif format == "hf":
+            files.write_safetensors(target / "model.safetensors", renamed)
+        else:
+            atomic_write(target / "model.pt", lambda temporary: torch.save(renamed, temporary))
+    # The configuration comes last: a directory without it is recognised as unfinished.
+    atomic_write(target / "config.json", json.dumps(config, indent=2) + "\n")
