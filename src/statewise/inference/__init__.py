@@ -1,0 +1,23 @@
+"""Generation, evaluation, and the check that a model keeps the promise of equal forms."""
+
+from statewise.inference.evaluate import Evaluation, evaluate_bits_per_byte
+from statewise.inference.generate import Generation, fit_state, generate, read_tokens
+from statewise.inference.sampling import SamplingRule, choose_token
+from statewise.inference.session import load_session, save_session
+from statewise.inference.verify import LawResult, stir, verify
+
+__all__ = [
+    "Evaluation",
+    "Generation",
+    "LawResult",
+    "SamplingRule",
+    "choose_token",
+    "evaluate_bits_per_byte",
+    "fit_state",
+    "generate",
+    "load_session",
+    "read_tokens",
+    "save_session",
+    "stir",
+    "verify",
+]
