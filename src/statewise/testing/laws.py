@@ -92,7 +92,7 @@ def _pieces(
         return case.call(live, state, **how)
     shared = {name: tensor for name, tensor in live.items() if name not in case.time}
     sizes = [1 if piece == -1 else piece for piece in pieces]
-    parts = {name: live[name].split(sizes, 1) for name in case.time}  # one node, however many pieces
+    parts = {name: torch.split(live[name], sizes, 1) for name in case.time}  # one node, however many pieces
     outputs = []
     for index, piece in enumerate(pieces):
         now = {name: parts[name][index] for name in case.time}
@@ -170,7 +170,7 @@ def packing(case: OpCase, inputs: Mapping[str, Tensor], state: Any, sizes: Seque
     packed = run(case, inputs, state, cu_seqlens=bounds, **how)
 
     live, begin = _leafs(inputs, state)
-    parts = {name: live[name].split(list(sizes), 1) for name in case.time}
+    parts = {name: torch.split(live[name], list(sizes), 1) for name in case.time}
     outputs, ends = [], []
     for index in range(len(sizes)):
         own = {name: parts[name][index] if name in case.time else x for name, x in live.items()}

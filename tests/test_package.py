@@ -1,0 +1,58 @@
+"""What importing costs, and what the package promises to be called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import statewise
+
+
+def fresh(code: str) -> str:
+    """Run ``code`` in a new interpreter, where nothing is imported yet."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    heavy = "{'torch', 'numpy', 'rich', 'matplotlib', 'tyro'}"
+    assert fresh(f"import sys, statewise; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_operators_need_torch_alone() -> None:
+    optional = "{'triton', 'transformers', 'starlette', 'matplotlib', 'rich', 'tyro', 'tensorboard', 'safetensors'}"
+    assert fresh(f"import sys, statewise.ops, statewise.state; print({optional} & set(sys.modules))") == "set()"
+
+
+@pytest.mark.parametrize("name", sorted(statewise.__all__))
+def test_public_names_resolve(name: str) -> None:
+    assert getattr(statewise, name) is not None
+    assert name in dir(statewise)
+
+
+def test_unknown_names_do_not() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = statewise.nonsense
+
+
+def test_the_contracts_names() -> None:
+    from statewise import ops, state, text, training
+
+    for op in ("wkv4", "wkv7", "selective_scan", "causal_conv1d", "token_shift"):
+        assert callable(getattr(ops, op))
+        assert callable(getattr(ops, f"{op}_step"))
+    assert callable(training.language_model_loss)
+    assert callable(text.load_tokenizer)
+    assert callable(state.stack)
+    assert callable(state.load_state)
+    assert statewise.list_models() == ["mamba", "rwkv4", "rwkv7"]
+
+
+def test_backends_say_what_serves_and_why_not() -> None:
+    table = statewise.backends()
+    assert table["wkv7"]["torch"].serves
+    assert not table["wkv7"]["triton"].serves
+    assert table["wkv7"]["triton"].reason
