@@ -95,6 +95,37 @@ def test_training_step(shared: Path, dtype: torch.dtype, logit_bound: float, gra
         assert relative(gradient, golden[f"grad.{name}"]) <= gradient_bound, name
 
 
+def test_trained_model(shared: Path) -> None:
+    """BlinkDL's digit reverser: trained weights, so decays, gates and removals at the sizes training leads to.
+
+    It differs from RWKV-7 by a constant added after each `att`, a bias on the head, and no `ln0`.
+    """
+    folder = shared / "weights/rwkv7_reverse"
+    published = load_file(folder / "260123_reverse_L2_only_rwkv7.rosa_bias_only.safetensors")
+    golden = load_file(folder / "golden.safetensors")
+    ranks = {f"{name}_rank": 8 for name in ("decay", "iclr", "value", "gate")}
+    model = RWKV7(RWKV7Config(vocab_size=12, num_layers=2, width=32, head_size=16, **ranks)).double()
+    model.blocks[0].ln0 = torch.nn.Identity()
+    parts = {"rwkv{}": "att", "ffn{}": "ffn", "ln{}a": "ln1", "ln{}b": "ln2"}
+    names = {"e": "emb", "lno": "ln_out", "o": "head"} | {
+        theirs.format(i + 1): f"blocks.{i}.{ours}" for theirs, ours in parts.items() for i in range(2)
+    }
+    own = {}
+    for key, tensor in published.items():
+        module, _, rest = key.partition(".")
+        if module in names and f"{names[module]}.{rest}" not in (UNUSED | {"head.bias"}):
+            own[f"{names[module]}.{rest}"] = tensor.double()
+    model.load_state_dict(own, strict=True)
+    for index, block in enumerate(model.blocks):
+        bias = published[f"rosa{index + 1}.o.bias"].double()
+        block.att.register_forward_hook(lambda _m, _i, out, bias=bias: (out[0] + bias, *out[1:]))
+    with torch.no_grad():
+        logits = model(golden["ids"][:, :-1])[0] + published["o.bias"]
+    # Logits reach 41, and float32 alone moves them by 3e-4 (7e-6 of that): a float32 golden cannot be met closer.
+    assert largest(logits, golden["logits"]) <= 1e-5 * float(golden["logits"].abs().max())
+    assert torch.equal(logits.argmax(-1), golden["logits"].argmax(-1))
+
+
 def test_names_are_the_published_ones(shared: Path) -> None:
     tensors = torch.load(shared / "golden/rwkv/v7_a.pth", weights_only=True)
     own = published(shared, torch.float32).state_dict()
