@@ -9,7 +9,8 @@ Memory beyond inputs and outputs is that of one segment plus T/segment states, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ __all__ = ["SegmentFunction", "register_segmented"]
 SegmentFunction = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 
 
-def _recording() -> torch._C._ForceDispatchKeyGuard:
-    """Let autograd record inside an operator's own kernel, where the dispatcher has switched it off."""
+@contextmanager
+def _recording(device: str) -> Iterator[None]:
+    """Let autograd record inside an operator's own kernel, where the dispatcher has switched it off.
+
+    Clearing what the dispatcher excludes would let autocast back in too, so it is switched off after that.
+    """
     nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing)
+    with guard, torch.autocast(device, enabled=False), torch.enable_grad():
+        yield
 
 
 def register_segmented(
@@ -68,12 +75,14 @@ def register_segmented(
         inputs, parameters, leaves = sort(tensors)
         outputs: list[Tensor] = []
         kept: list[list[Tensor]] = [[] for _ in leaves]
-        for start in range(0, inputs[0].shape[1], segment):
-            for leaf, boundary in zip(leaves, kept, strict=True):
-                boundary.append(leaf)
-            y, new = function([x[:, start : start + segment] for x in inputs], parameters, leaves)
-            outputs.append(y)
-            leaves = list(new)
+        # Accumulation is in the dtype of the arguments, whatever the caller's autocast would like.
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            for start in range(0, inputs[0].shape[1], segment):
+                for leaf, boundary in zip(leaves, kept, strict=True):
+                    boundary.append(leaf)
+                y, new = function([x[:, start : start + segment] for x in inputs], parameters, leaves)
+                outputs.append(y)
+                leaves = list(new)
         return (torch.cat(outputs, 1), *[leaf.contiguous() for leaf in leaves], *[torch.stack(b) for b in kept])
 
     @forward.register_fake
@@ -99,7 +108,7 @@ def register_segmented(
         starts = range(0, inputs[0].shape[1], segment)
         for index in reversed(range(len(starts))):
             span = slice(starts[index], starts[index] + segment)
-            with _recording(), torch.enable_grad():
+            with _recording(grad_y.device.type):
                 xs = [x[:, span].detach().requires_grad_() for x in inputs]
                 ps = [p.detach().requires_grad_() for p in parameters]
                 ss = [k[index].detach().requires_grad_() for k in kept]

@@ -24,19 +24,9 @@ _SPLITTABLE = 32.0
 
 
 def _segment(
-    inputs: Sequence[Tensor], parameters: Sequence[Tensor], state: Sequence[Tensor]
+    inputs: Sequence[Tensor], parameters: Sequence[Tensor], leaves: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    # Autocast would turn the products below to half precision; the contract accumulates in the inputs' own dtype.
-    device = inputs[0].device.type
-    if torch.is_grad_enabled():
-        # Differentiated after this returns, still inside the guard of `segments`, which restores this setting.
-        torch.set_autocast_enabled(device, False)
-        return _chunks(inputs, state[0])
-    with torch.autocast(device, enabled=False):
-        return _chunks(inputs, state[0])
-
-
-def _chunks(inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    (state,) = leaves
     batch, time, heads, rows = inputs[0].shape
     length = min(_CHUNK, 1 << (time - 1).bit_length())
     pad = -time % length  # padding tokens are zeros: nothing forgotten, nothing learnt
