@@ -1,10 +1,10 @@
-"""Causal depthwise convolution over time.
+"""Causal depthwise convolution: every channel of a step is a weighted sum of its last W samples.
 
-Legend: B batch, T time, C channels, W window width, n packed sequences.
+Legend: B batch, T time, C channels, W window, n packed sequences.
 
-    y_t = act(bias + Σ_{j<W} weight[:, W-1-j] ⊙ x_{t-j})
+    y_t = act(bias + Σ_{j<W} weight[:, W-1-j] ⊙ x_{t-j}),   x before the start: state (zeros)
 
-The newest sample meets ``weight[:, -1]``; before the first step lie W-1 samples of the state (zeros at the start).
+As in Dao-AILab's `causal-conv1d`: the newest sample meets ``weight[:, -1]``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from statewise.ops.causal_conv1d import parallel, reference
 from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
@@ -37,43 +36,47 @@ def causal_conv1d(
     """The convolution over a whole sequence, continued from ``state``.
 
     Args:
-        x: ``(B, T, C)``.
-        weight: ``(C, W)``.
-        bias: ``(C,)``; ``None`` means none.
+        x: samples ``(B, T, C)``.
+        weight: ``(C, W)``, W ≥ 1; ``weight[:, -1]`` meets the newest sample.
+        bias: ``(C,)``; ``None`` means zero.
         activation: ``None``, ``"silu"`` or its other name ``"swish"``.
-        state: the last W-1 inputs ``(B, W-1, C)``, oldest first, before the convolution; ``None`` means zeros.
+        state: the W-1 samples before the first ``(B, W-1, C)`` (packed: ``(n, W-1, C)``), oldest first, as they were
+            given to the convolution; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
-        cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, W-1, C)``.
+        cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
         backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
 
     Returns:
-        y ``(B, T, C)`` of x's dtype, and the last W-1 inputs, float32 (float64 if any input is float64).
+        y ``(B, T, C)`` of x's dtype, and the last W-1 samples, float32 (float64 if any input is float64).
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a backend that cannot serve.
     """
-    sizes = _check("causal_conv1d", "B T C", x, weight, bias, activation)
-    rows = check_ragged("causal_conv1d", lengths, cu_seqlens, sizes["B"], sizes["T"], x.device)
-    form = reference if choose("causal_conv1d", backend) == "reference" else parallel
+    op = "causal_conv1d"
+    batch, time, width = _check(op, x, "B T C", weight, bias, activation)
+    rows = check_ragged(op, lengths, cu_seqlens, batch, time, x.device)
+    form = choose(op, backend)
     dtype = accumulation_dtype(x, weight, bias)
-    begin = _start("causal_conv1d", state, (rows, sizes["W"] - 1, sizes["C"]), x, dtype)
-    if sizes["T"] == 0:
+    begin = _start(op, state, (rows, width - 1, x.shape[-1]), x, dtype)
+    if time == 0:
         return torch.zeros_like(x), begin
-    taps, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
-        (samples,) = inputs
+    def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        (samples,), (window,) = inputs, leaves
         valid = None if counts is None else valid_steps(counts, samples.shape[1])
-        if valid is not None:
-            samples = blank(samples, valid)
-        y, end = form.causal_conv1d(samples.to(dtype), taps, offset, leaves[0], counts)
-        y = (y if activation is None else F.silu(y)).to(x.dtype)
-        return (y if valid is None else blank(y, valid)), (end,)
+        samples = (samples if valid is None else blank(samples, valid)).to(dtype)
+        if form == "reference":
+            y, end = reference.causal_conv1d(samples, weight, bias, activation, window, counts)
+        else:
+            y = parallel.causal_conv1d(samples, weight, bias, activation, window)
+            end = parallel.window_at(samples, window, counts)
+        return (y if valid is None else blank(y, valid)).to(x.dtype), [end]
 
     if cu_seqlens is not None:
-        y, (end,) = run_packed(run, (x,), (begin,), cu_seqlens)
+        y, (end,) = run_packed(run, [x], [begin], cu_seqlens)
     else:
-        y, (end,) = run((x,), (begin,), lengths)
+        y, (end,) = run([x], [begin], lengths)
     return y, end
 
 
@@ -86,28 +89,32 @@ def causal_conv1d_step(
     state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: x ``(B, C)`` → y ``(B, C)`` and the window after it. Otherwise as :func:`causal_conv1d`."""
-    sizes = _check("causal_conv1d_step", "B C", x, weight, bias, activation)
+    """One sample: x ``(B, C)`` → y ``(B, C)`` and the window after it. Otherwise as :func:`causal_conv1d`."""
+    op = "causal_conv1d_step"
+    batch, _, width = _check(op, x, "B C", weight, bias, activation)
     choose("causal_conv1d", backend)
     dtype = accumulation_dtype(x, weight, bias)
-    begin = _start("causal_conv1d_step", state, (sizes["B"], sizes["W"] - 1, sizes["C"]), x, dtype)
-    y, end = reference.step(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), begin)
-    return (y if activation is None else F.silu(y)).to(x.dtype), end
+    window = _start(op, state, (batch, width - 1, x.shape[-1]), x, dtype)
+    y, window = reference.step(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), activation, window
+    )
+    return y.to(x.dtype), window
 
 
 def _check(
-    op: str, spec: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> dict[str, int]:
+    op: str, x: Tensor, letters: str, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> tuple[int, int, int]:
+    """Batch, time (1 without a time axis) and width."""
+    shapes = {"x": (x, letters), "weight": (weight, "C W")}
+    sizes = check_shapes(op, **shapes) if bias is None else check_shapes(op, **shapes, bias=(bias, "C"))
+    if sizes["W"] < 1:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; W is at least 1")
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"{op}: activation is {activation!r}; accepted are None, 'silu', 'swish'")
-    optional = {} if bias is None else {"bias": (bias, "C")}
-    sizes = check_shapes(op, x=(x, spec), weight=(weight, "C W"), **optional)
-    if sizes["W"] < 1:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; the window is at least one sample wide")
-    return sizes
+    return sizes["B"], sizes.get("T", 1), sizes["W"]
 
 
-def _start(op: str, state: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
+def _start(op: str, state: Tensor | None, shape: tuple[int, int, int], x: Tensor, dtype: torch.dtype) -> Tensor:
     if state is None:
         return torch.zeros(shape, dtype=dtype, device=x.device)
     check_state(op, "state", state, shape, x.device)
