@@ -1,0 +1,76 @@
+"""RWKV's published ``.pth`` files: a flat dictionary whose names are our modules' names, and whose sizes tell the rest.
+
+Pure functions on names and tensors. RWKV-5 and RWKV-6 files are recognised and refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["detect", "from_ours", "to_ours"]
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+#: In training checkpoints of RWKV-7; block 0 makes the values that later blocks mix in, and never reads these.
+_UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+_RANKS = {"decay_rank": "w1", "iclr_rank": "a1", "value_rank": "v1", "gate_rank": "g1"}
+
+
+def detect(names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """``"rwkv4"``, ``"rwkv7"``, or ``None`` for what is no RWKV.
+
+    Raises:
+        ValueError: an RWKV of a generation this release does not know.
+    """
+    if "blocks.0.att.r_k" in names:
+        return "rwkv7"
+    if "blocks.0.att.time_maa_x" in names or "blocks.0.att.time_maa_w1" in names:
+        raise ValueError("these are RWKV-6 weights, which this release does not support")
+    if "blocks.0.att.ln_x.weight" in names:
+        raise ValueError("these are RWKV-5 weights, which this release does not support")
+    if {"blocks.0.att.time_decay", "blocks.0.att.time_first"} <= names:
+        return "rwkv4"
+    return None
+
+
+def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fields of our configuration, read from sizes, and the tensors under our names (which are the official ones).
+
+    Raises:
+        ValueError: a tensor that sizes are read from is missing or has the wrong number of axes.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if not (architecture == "rwkv7" and name in _UNUSED)}
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in kept:
+            raise ValueError(f"tensor {name} is missing")
+        if kept[name].dim() != axes:
+            raise ValueError(f"tensor {name} has shape {tuple(kept[name].shape)}, expected {axes} axes")
+        return tuple(kept[name].shape)
+
+    vocab_size, width = shape("emb.weight", 2)
+    layers = {int(match[1]) for name in kept if (match := _BLOCK.match(name))}
+    if not layers or len(layers) != max(layers) + 1:
+        raise ValueError(f"blocks are numbered {sorted(layers)[:8]}; expected 0, 1, 2, ... without gaps")
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "num_layers": len(layers),
+        "width": width,
+        "ffn_width": shape("blocks.0.ffn.key.weight", 2)[0],
+    }
+    if architecture == "rwkv7":
+        fields["head_size"] = shape("blocks.0.att.r_k", 2)[1]
+        # Ranks follow several published formulas; the tensors alone are right.
+        for field, name in _RANKS.items():
+            block = 1 if name == "v1" else 0
+            if block < len(layers):
+                fields[field] = shape(f"blocks.{block}.att.{name}", 2)[1]
+    return fields, kept
+
+
+def from_ours(architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The flat dictionary of a ``.pth``. The names are the same; ``fields`` follow from the shapes and are not kept."""
+    return dict(tensors)
