@@ -3,7 +3,9 @@
 Legend: B batch, t tokens of one segment, n chunks, L positions of a chunk, C channels.
 
 A sum is held as (num, den, shift), meaning ``num·e^shift`` and ``den·e^shift``. Joining two sums takes the larger
-shift, so nothing overflows whatever the keys. Shifts are constants to autograd: the outputs do not depend on them.
+shift, so nothing overflows whatever the keys. The outputs do not depend on shifts, yet autograd must follow them: where
+one term outweighs all others, its gradient is what the others' gradients leave, and only this way is it exactly that
+(with shifts held constant it is a difference of nearly equal numbers, and in float32 often nothing but rounding).
 """
 
 from __future__ import annotations
@@ -33,13 +35,12 @@ def _segment(
     keys, values = (torch.nn.functional.pad(x, (0, 0, 0, pad)).reshape(batch, -1, _CHUNK, channels) for x in (k, v))
 
     # Inside every chunk, from nothing: the sum after each position, (B, n, C) a position.
-    shift = keys[:, :, 0].detach()
-    now = torch.exp(keys[:, :, 0] - shift)
-    num, den = now * values[:, :, 0], now
+    num, shift = values[:, :, 0], keys[:, :, 0]
+    den = torch.ones_like(num)
     nums, dens, shifts = [num], [den], [shift]
     for key, value in zip(keys.unbind(2)[1:], values.unbind(2)[1:], strict=True):
         faded = shift + log_w
-        shift = torch.maximum(faded, key).detach()
+        shift = torch.maximum(faded, key)
         old, now = torch.exp(faded - shift), torch.exp(key - shift)
         num, den = old * num + now * value, old * den + now
         nums.append(num)
@@ -63,7 +64,7 @@ def _segment(
     local_den = torch.cat([nothing, torch.stack(dens[:-1], 2)], 2)
     local_shift = torch.cat([torch.full_like(nothing, -torch.inf), torch.stack(shifts[:-1], 2)], 2)
     bonus = u + keys
-    top = torch.maximum(torch.maximum(faded, local_shift), bonus).detach()
+    top = torch.maximum(torch.maximum(faded, local_shift), bonus)
     before, inside, now = torch.exp(faded - top), torch.exp(local_shift - top), torch.exp(bonus - top)
     y = (before * carried[0] + inside * local_num + now * values) / (before * carried[1] + inside * local_den + now)
 
@@ -72,8 +73,6 @@ def _segment(
     end = _join(
         (carried[0][:, -1, 0], carried[1][:, -1, 0], last), (nums[at][:, -1], dens[at][:, -1], shifts[at][:, -1])
     )
-    if torch.is_grad_enabled():
-        end = _with_gradient(end, _largest(k, log_w, state[2], None))
     return y.flatten(1, 2)[:, :time], list(end)
 
 
@@ -81,37 +80,18 @@ _Sum = tuple[Tensor, Tensor, Tensor]
 
 
 def _join(a: _Sum, b: _Sum) -> _Sum:
-    top = torch.maximum(a[2], b[2]).detach()
+    top = torch.maximum(a[2], b[2])
     left, right = torch.exp(a[2] - top), torch.exp(b[2] - top)
     return left * a[0] + right * b[0], left * a[1] + right * b[1], top
 
 
-def _with_gradient(end: _Sum, largest: Tensor) -> _Sum:
-    """``end``, whose shift now carries the gradient of the true maximum."""
-    slack = largest - largest.detach()
-    factor = torch.exp(-slack)
-    return end[0] * factor, end[1] * factor, end[2] + slack
-
-
-def _ages(time: int, lengths: Tensor | None, like: Tensor) -> Tensor:
-    """How many steps before the end each token came: ``(T, 1)``, or ``(B, T, 1)`` with lengths; negative past it."""
-    steps = torch.arange(time, device=like.device)
-    if lengths is None:
-        return (time - 1 - steps).to(like.dtype)[:, None]
-    return (lengths[:, None] - 1 - steps).to(like.dtype)[..., None]
-
-
-def _exponents(k: Tensor, log_w: Tensor, lengths: Tensor | None) -> Tensor:
-    """``(B, T, C)``: k_i + age_i·log_w; -inf for tokens past the end."""
-    age = _ages(k.shape[1], lengths, k)
+def _exponents(k: Tensor, log_w: Tensor, lengths: Tensor) -> Tensor:
+    """``(B, T, C)``: each token's exponent in the state at its row's length; -inf for tokens past it."""
+    steps = torch.arange(k.shape[1], device=k.device)
+    age = (lengths[:, None] - 1 - steps).to(k.dtype)[..., None]
     # age 0 is set apart because 0·(-inf) is NaN
     faded = k + torch.where(age > 0, age.clamp(min=1) * log_w, 0.0)
-    return faded if lengths is None else torch.where(age >= 0, faded, -torch.inf)
-
-
-def _largest(k: Tensor, log_w: Tensor, start: Tensor, lengths: Tensor | None) -> Tensor:
-    count: Tensor | int = k.shape[1] if lengths is None else lengths[:, None].clamp(min=1).to(k.dtype)
-    return torch.maximum(_exponents(k, log_w, lengths).amax(1), start + count * log_w)
+    return torch.where(age >= 0, faded, -torch.inf)
 
 
 def state_at(k: Tensor, v: Tensor, log_w: Tensor, state: WKV4State, lengths: Tensor) -> WKV4State:
