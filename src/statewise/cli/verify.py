@@ -1,0 +1,75 @@
+"""``statewise verify``: does a model keep the promise of equal forms?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from statewise.cli import COMMANDS
+from statewise.cli.options import Dtype, from_arguments
+
+if TYPE_CHECKING:
+    from statewise.inference import LawResult
+
+__all__ = ["Options", "main", "print_laws"]
+
+# Sizes of a model that is given by name: several chunks of every parallel form, seconds to run.
+_FRESH = {"vocab_size": 256, "num_layers": 3, "width": 128}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may say."""
+
+    model: Annotated[str, "a checkpoint, a run's folder, or the name of a model (then a small one, made at random)"]
+    device: Annotated[str, "where to run"] = "cpu"
+    dtype: Annotated[Dtype, "precision, and with it the bounds"] = "float64"
+    length: Annotated[int, "tokens in a row"] = 83
+    seed: Annotated[int, "fixes the tokens, the cuts and a fresh model's values"] = 0
+    json: Annotated[bool, "print one JSON document"] = False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; exit code 1 when a law fails. See :func:`statewise.cli.main`."""
+    options = from_arguments(Options, arguments, prog="statewise verify", description=COMMANDS["verify"])
+    import torch
+
+    from statewise.cli.checkpoints import DTYPES, find_device, open_model
+    from statewise.cli.console import print_json, progress
+    from statewise.inference import stir, verify
+    from statewise.models import create, list_models
+
+    device, dtype = find_device(options.device), DTYPES[options.dtype]
+    if options.model in list_models():
+        torch.manual_seed(options.seed)
+        model = create(options.model, **_FRESH).to(device=device, dtype=dtype)
+        stir(model, seed=options.seed)
+    else:
+        model = open_model(options.model, device=device, dtype=dtype).model
+    with progress(10, f"verify {options.model}") as bar:
+        seen: list[str] = []
+
+        def tell(law: str) -> None:
+            bar(len(seen), law)
+            seen.append(law)
+
+        results = verify(model, length=options.length, seed=options.seed, progress=tell)
+    passed = all(result.ok for result in results)
+    if options.json:
+        laws = [{**result._asdict(), "ok": result.ok} for result in results]
+        print_json({"model": options.model, "dtype": options.dtype, "ok": passed, "laws": laws})
+    else:
+        print_laws(results, f"{options.model}, {options.dtype} on {options.device}")
+    return 0 if passed else 1
+
+
+def print_laws(results: Sequence[LawResult], title: str) -> None:
+    """One row a law: the largest relative difference met, what is allowed, and whether it holds."""
+    from statewise.cli.console import print_table
+
+    rows = [
+        (result.law, f"{result.difference:.1e}", f"{result.bound:.0e}", "ok" if result.ok else "FAILS")
+        for result in results
+    ]
+    print_table(["law", "largest difference", "bound", ""], rows, title=title)
