@@ -170,15 +170,22 @@ def folder_of(place: Path, sizes: list[int]) -> dict[str, bytes]:
 
 
 def test_a_large_folder_is_split_by_file(tmp_path: Path) -> None:
-    contents = folder_of(tmp_path / "f", [400] * 98 + [20_000, 40])
-    corpus = load_corpus(tmp_path / "f")
+    contents = folder_of(tmp_path / "f", [400] * 98 + [40])
+    first, second = sorted(contents, key=lambda name: hashlib.sha256(name.encode()).digest())[:2]
+    contents[first] *= 50
+    write(tmp_path / "f" / first, contents[first])
+    seen: list[tuple[int, int | None]] = []
+    corpus = load_corpus(tmp_path / "f", progress=lambda done, total: seen.append((done, total)))
     parts = [part.tobytes() for part in (corpus.train, corpus.valid, corpus.test)]
     for part in parts:
         inside = [name for name, content in contents.items() if content in part]
         assert part == b"".join(contents[name] for name in sorted(inside)), "whole files, in the order of their paths"
     total = sum(map(len, contents.values()))
     assert sum(map(len, parts)) == total
-    assert contents["098"] in parts[0], "a file that is too large to hold out is trained on"
+    assert seen[-1] == (total, total)
+    assert sorted(seen) == seen
+    assert contents[first] in parts[0], "a file that is too large to hold out is trained on"
+    assert contents[second] in parts[2], "test is filled first, and comes last"
     assert all(total * 0.05 <= len(part) < total * 0.05 + 400 for part in parts[1:])
     assert load_corpus(tmp_path / "f").sha256 == corpus.sha256
     assert len(load_corpus(tmp_path / "f", split=(0.5, 0.5)).train) == total // 2, "a split given is by position"
@@ -300,6 +307,10 @@ def test_an_archive_cannot_fill_the_disk(tmp_path: Path) -> None:
         write(tmp_path / "folder" / name, lzma.compress(bytes(600)))
     with pytest.raises(ValueError, match=r"b\.xz: more than max_bytes = 1000"):
         load_corpus(tmp_path / "folder", max_bytes=1000)
+    folder_of(tmp_path / "large", [400] * 20)
+    with pytest.raises(ValueError, match="more than max_bytes = 7999"):
+        load_corpus(tmp_path / "large", max_bytes=7999)
+    assert len(load_corpus(tmp_path / "large", max_bytes=8000).train) == 7200
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

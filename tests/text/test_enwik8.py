@@ -143,6 +143,13 @@ def test_a_wrong_copy_is_refused(name: str, content: bytes, reason: str, tmp_pat
         load_corpus(path)
 
 
+def test_an_endless_member_is_not_unpacked_to_its_end(tmp_path: Path) -> None:
+    blocks = iter([TEXT] * 1000)
+    with pytest.raises(ValueError, match="got more than 400000 bytes"):
+        list(enwik8.verified(blocks, tmp_path / "enwik8.zip"))
+    assert len(list(blocks)) == 998
+
+
 def test_a_split_given_holds_for_enwik8_too(tmp_path: Path) -> None:
     (tmp_path / "enwik8").write_bytes(TEXT)
     assert len(load_corpus(tmp_path / "enwik8", split=(0.5, 0.25)).train) == 200_000
@@ -211,6 +218,14 @@ def test_a_part_longer_than_the_file_is_dropped(server: Server, tmp_path: Path) 
     (tmp_path / "enwik8.zip.part").write_bytes(ZIP + b"more")
     check(load_corpus("enwik8", cache_dir=tmp_path, url=server.url))
     assert server.asked[-1] is None
+
+
+def test_a_server_with_nothing_to_give_is_given_up(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "enwik8.zip.part").write_bytes(ZIP)
+    server.content = b""
+    with pytest.raises(ValueError, match="the server answers 416"):
+        load_corpus("enwik8", cache_dir=tmp_path, url=server.url)
+    assert server.asked == [f"bytes={len(ZIP)}-", None]
 
 
 @pytest.mark.parametrize("content", [zipped(b"X" + TEXT[1:]), b"<html>no</html>"], ids=["checksum", "not a zip"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import lzma
-import os
 import re
 import urllib.error
 import urllib.request
@@ -117,11 +116,10 @@ def _continue(url: str, part: Path, start: int, progress: Progress | None) -> st
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code != 416:
+            if error.code != 416 or not start:
                 return f"the server answers {error.code} {error.reason}"
             if error.headers.get("Content-Range") == f"bytes */{start}":
                 return None  # whole already: the last call was stopped before unpacking
-        os.truncate(part, 0)
         return _continue(url, part, 0, progress)
     except urllib.error.URLError as error:
         return f"cannot be reached: {error.reason}"

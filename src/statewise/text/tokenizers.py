@@ -131,9 +131,7 @@ class PieceDecoder:
         return self._utf8.decode(self._piece(token))
 
     def finish(self) -> str:
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 class ByteTokenizer:
