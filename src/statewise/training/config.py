@@ -57,8 +57,9 @@ class TrainConfig:
     """Further fields of the model's configuration, by name."""
     tokenizer: str = "bytes"
     """bytes, rwkv-world, or a tokenizer file."""
-    split: Literal["train", "valid", "test"] = "train"
-    """Part of the corpus to train on."""
+    split: tuple[float, float] | None = None
+    """Where the text is cut: fractions that are train and valid, or the byte offsets where those end; the rest is test.
+    The corpus has a customary split of its own."""
     learning_rate: float | None = None
     """Peak learning rate."""
     final_learning_rate: float | None = None
@@ -167,7 +168,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Names and values, ``None`` left out; made of what JSON and TOML can hold."""
         values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
-        values["betas"] = None if self.betas is None else list(self.betas)
+        values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         values["model_fields"] = dict(self.model_fields)
         return {name: value for name, value in values.items() if value is not None}
 
@@ -195,9 +196,8 @@ _FROM_ZERO = ("weight_decay", "grad_clip", "l2wrap")
 _CHOICES = {
     "schedule": ("cosine", "exponential", "constant"),
     "dtype": ("float32", "bfloat16"),
-    "split": ("train", "valid", "test"),
 }
-_OPTIONAL = ("learning_rate", "final_learning_rate", "schedule", "weight_decay", "betas", "eps", "l2wrap")
+_OPTIONAL = ("learning_rate", "final_learning_rate", "schedule", "weight_decay", "betas", "eps", "l2wrap", "split")
 _TEXTS = ("model", "data", "out", "tokenizer", "device")
 
 
@@ -230,6 +230,14 @@ def _checked(name: str, value: Any) -> Any:
         if isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value):
             return (float(value[0]), float(value[1]))
         accepted = "two numbers from 0 up to but not including 1"
+    elif name == "split":
+        if isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(cut) and cut >= 0 for cut in value):
+            first, second = value
+            if isinstance(first, float) and isinstance(second, float) and first + second <= 1:
+                return (first, second)
+            if int(first) == first and int(second) == second and first <= second:
+                return (int(first), int(second))
+        accepted = "two fractions that are together at most 1, or two byte offsets in rising order"
     elif name == "model_fields":
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             reserved = {"num_layers", "width"} & set(value)

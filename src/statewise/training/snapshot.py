@@ -129,10 +129,10 @@ def verify_snapshot(path: str | os.PathLike[str]) -> int:
 
 def sweep_run(out: Path) -> None:
     """Remove what killed trainers left half-written in ``out``; only for the holder of the run's lock."""
-    sweep(out)
-    folder = out / "snapshots"
-    if folder.is_dir():
-        sweep(folder)
+    for folder in (out, out / "tokens", out / "snapshots"):
+        if folder.is_dir():
+            sweep(folder)
+    if (folder := out / "snapshots").is_dir():
         for entry in folder.iterdir():
             if _TEMPORARY.fullmatch(entry.name):
                 shutil.rmtree(entry)
