@@ -163,6 +163,14 @@ def test_parallel_equals_reference(
         assert (fast - slow).norm() <= 1e-10 * slow.norm() + 1e-13
 
 
+def test_a_large_batch_is_walked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, state = make(5, 40, 4, 2, 3)
+    want = run(inputs, state, "reference")
+    monkeypatch.setattr(parallel, "_LARGEST", 2 * 32 * 12)  # two rows at a time
+    for fast, slow in zip(run(inputs, state, "torch"), want, strict=True):
+        assert relative(fast, slow) <= 1e-10
+
+
 @backends
 def test_a_huge_step_forgets_exactly(backend: str) -> None:
     inputs, state = make(1, 20, 3, 1, 4)

@@ -19,7 +19,10 @@ from statewise.ops.segments import register_segmented
 __all__ = ["selective_scan"]
 
 _BLOCK = 8
-_SEGMENT = 32  # the (t, channels, N) tensors of one segment are to stay in cache
+# The (rows, t, channels, N) tensors of one segment are to stay in cache, so it is short, and a large batch is walked a
+# few rows at a time.
+_SEGMENT = 32
+_LARGEST = 1 << 20
 
 
 def _split(x: Tensor, length: int) -> Tensor:
@@ -155,5 +158,9 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Te
         """``(..., channels, N)`` → ``(..., G, N, E)``."""
         return value.reshape(*value.shape[:-2], groups, -1, size).transpose(-1, -2).contiguous()
 
-    y, end = _selective_scan(x.reshape(grouped), dt.reshape(grouped), B, C, inward(A), inward(h))
+    A = inward(A)
+    rows = max(1, _LARGEST // (min(time, _SEGMENT) * A.numel()))
+    split = [torch.split(value, rows) for value in (x.reshape(grouped), dt.reshape(grouped), B, C, inward(h))]
+    parts = [_selective_scan(*inputs, A, start) for *inputs, start in zip(*split, strict=True)]
+    y, end = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     return y.flatten(2), end.transpose(-1, -2).reshape(batch, channels, size).contiguous()
