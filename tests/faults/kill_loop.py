@@ -4,7 +4,7 @@
 torch once and forks a child for every sitting, so a kill costs a fraction of a second; it never runs a backward pass
 itself, which forked children would not survive.
 
-A kill falls at a random instant of the whole sitting, or of its first tenth (before the first snapshot, while an old
+A kill falls at a random instant of the whole sitting, or of its very start (before the first snapshot, while an old
 one is read), or shortly after a half-written snapshot was seen on the disk (inside saves, renames and prunes).
 """
 
@@ -35,7 +35,7 @@ from statewise.training.plot import draw_curve
 from statewise.training.snapshot import list_snapshots, verify_snapshot
 
 KILLS_A_RUN = 10
-LONGEST_SAVE = 0.015  # seconds
+LONGEST_START, LONGEST_SAVE = 0.06, 0.015  # seconds
 
 
 def tiny_config(folder: Path, name: str, **changes: Any) -> TrainConfig:
@@ -127,7 +127,7 @@ def kill_once(config: TrainConfig, out: Path, duration: float, chance: random.Ra
     pid = in_child(lambda: train_quietly(dataclasses.replace(config, resume=resume)))
     started = time.perf_counter()
     aim = chance.choice(["anywhere", "start", "save"])
-    time.sleep(chance.uniform(0.0, duration * (0.1 if aim == "start" else 0.5)))
+    time.sleep(chance.uniform(0.0, LONGEST_START if aim == "start" else duration / 2))
     while aim == "save" and time.perf_counter() - started < duration:
         if half_written(out):
             time.sleep(chance.uniform(0.0, LONGEST_SAVE))

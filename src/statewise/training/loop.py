@@ -127,14 +127,8 @@ class _Trainer:
         snapshot: Path,
         stack: contextlib.ExitStack,
     ) -> None:
-        self.config, self.out, self.text, self.batches, self.run, self.snapshot = (
-            config,
-            out,
-            text,
-            batches,
-            run,
-            snapshot,
-        )
+        self.config, self.out, self.text, self.batches = config, out, text, batches
+        self.run, self.snapshot = run, snapshot
         self.device = torch.device(config.device)
         self.metrics = stack.enter_context(MetricsFile(out / "metrics.jsonl"))
         self.events: EventFile | None = None

@@ -25,8 +25,8 @@ def language_model_loss(logits: Tensor, targets: Tensor, *, l2wrap: float = 0.0,
     it is right under gradient accumulation and loss scaling; RWKV-LM's older form, which is not scaled, gives the same
     numbers only for an incoming gradient of 1.
 
-    Memory: besides the logits, two floats per position are kept for the backward pass, which allocates one tensor of
-    the logits' size: their gradient. It is differentiable once.
+    Memory: only the logits are kept for the backward pass, which allocates one tensor of their size, their gradient;
+    softmax is computed twice rather than kept. It is differentiable once.
 
     Args:
         logits: ``(..., V)``, floating point; half precision is computed in float32.
@@ -75,19 +75,12 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         kept = targets != ignore_index
         index = torch.where(kept, targets, 0)[:, None]
-        empty = logits.new_zeros(0, dtype=wide)
-        tops, logs, losses = [empty], [empty], [empty]
+        losses = [logits.new_zeros(0, dtype=wide)]
         for part in _slices(rows, vocab):
-            # Measured from the largest logit, so that a small loss keeps its digits beside large logits.
-            piece = logits[part].to(wide)
-            top = piece.amax(dim=-1)
-            piece = piece - top[:, None]
-            log = piece.exp().sum(dim=-1).log()
-            losses.append(log - piece.gather(1, index[part])[:, 0])
-            tops.append(top)
-            logs.append(log)
+            scores = torch.log_softmax(logits[part], dim=-1, dtype=wide)
+            losses.append(scores.gather(1, index[part])[:, 0].neg())
         loss, count = torch.cat(losses), kept.sum().clamp(min=1)
-        ctx.save_for_backward(logits, targets, torch.cat(tops), torch.cat(logs), count)
+        ctx.save_for_backward(logits, targets, count)
         ctx.l2wrap, ctx.ignore_index = l2wrap, ignore_index
         # `where`, not a product: an ignored position may hold anything, NaN included.
         return torch.where(kept, loss, 0.0).sum() / count
@@ -95,18 +88,17 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, targets, top, log, count = ctx.saved_tensors
+        logits, targets, count = ctx.saved_tensors
         rows, vocab = logits.shape
         kept = targets != ctx.ignore_index
         index = torch.where(kept, targets, 0)[:, None]
         scale = upstream / count
         whole = torch.empty_like(logits)
         for part in _slices(rows, vocab):
-            piece = logits[part].to(top.dtype)
-            gradient = (piece - top[part, None]).sub_(log[part, None]).exp_()
+            gradient = torch.softmax(logits[part], dim=-1, dtype=upstream.dtype)
             gradient.scatter_(1, index[part], gradient.gather(1, index[part]) - 1.0)
             if ctx.l2wrap:
-                largest, where = piece.max(dim=-1, keepdim=True)
-                gradient.scatter_(1, where, gradient.gather(1, where) + ctx.l2wrap * largest)
-            whole[part] = torch.where(kept[part, None], gradient * scale, 0.0)
+                largest, where = logits[part].max(dim=-1, keepdim=True)
+                gradient.scatter_(1, where, gradient.gather(1, where) + ctx.l2wrap * largest.to(gradient.dtype))
+            whole[part] = gradient.mul_(scale).masked_fill_(~kept[part, None], 0.0)
         return whole, None, None, None
