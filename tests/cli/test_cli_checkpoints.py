@@ -195,6 +195,41 @@ def test_bench_times_every_length(command: Command) -> None:
     assert np.isclose(rows[1]["ratio"], rows[1]["seconds"] / rows[0]["seconds"])
 
 
+def test_bench_times_a_peer_that_agrees_and_names_one_that_does_not(
+    command: Command, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from statewise.testing import peers
+
+    def right() -> peers.Run:
+        return lambda inputs: statewise.ops.wkv4(**inputs, backend="reference")[0]
+
+    def wrong() -> peers.Run:
+        return lambda inputs: inputs["v"]
+
+    table = {"right": ("torch", right), "wrong": ("torch", wrong), "gone": ("no-such-package", right)}
+    monkeypatch.setitem(peers.PEERS, "wkv4", table)
+    sizes = ("bench", "wkv4", "--lengths", "8", "--width", 8, "--repeats", 1)
+    told = command(*sizes, "--json").json
+    ours, agrees, differs = told["rows"]
+    assert ours["who"] == "statewise torch"
+    assert agrees["who"].startswith("right")
+    assert agrees["seconds"] > 0
+    assert "differs" in differs["skipped"]
+    assert "no-such-package" in told["absent"]["gone"]
+    assert [row["who"].split()[0] for row in command(*sizes, "--against", "right", "--json").json["rows"]] == [
+        "statewise",
+        "right",
+    ]
+    assert "no-such-package" in refused(*sizes, "--against", "gone")
+    assert "not timed: gone" in command(*sizes).out
+
+
+def test_bench_leaves_out_what_would_take_too_long(command: Command) -> None:
+    told = command("bench", "wkv4", "--lengths", "8,800", "--width", 8, "--repeats", 1, "--cap", 1e-9, "--json").json
+    assert "skipped" not in told["rows"][0]
+    assert "would take" in told["rows"][1]["skipped"]
+
+
 @pytest.mark.parametrize("name", ["wkv7", "selective_scan", "causal_conv1d", "token_shift", "rwkv4", "mamba"])
 def test_bench_knows_operators_and_models(command: Command, name: str) -> None:
     for way in ("--backward", "--no-backward"):

@@ -37,17 +37,21 @@ class Options:
     against: Annotated[tuple[str, ...] | None, "peers by name; by default all that are installed"] = None
     backward: Annotated[bool, "time forward and backward together instead of forward alone"] = True
     repeats: Annotated[int, "the median of this many timings is told"] = 5
+    cap: Annotated[float, "leave out what would take longer than this many seconds, as its last row foretells"] = 20.0
     threads: Annotated[int | None, "how many threads torch may use"] = None
     device: Annotated[str, "where to run"] = "cpu"
     dtype: Annotated[Dtype, "precision of the inputs"] = "float32"
     json: Annotated[bool, "print one JSON document"] = False
 
 
+_Runner = Callable[[dict[str, "Tensor"]], "Tensor"]
+
+
 class _Contest(NamedTuple):
-    """One length: what is computed, by whom, and how much work it is at least."""
+    """One length: what is computed, by whom (ours first), and how much work it is at least."""
 
     inputs: dict[str, Tensor]
-    runners: dict[str, Callable[[dict[str, Tensor]], Tensor]]
+    runners: dict[str, _Runner]
     flops: float  # of one forward pass
 
 
@@ -67,12 +71,13 @@ def main(arguments: Sequence[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
+    peers, absent = _peers(options)
     roof = _Roof.of(device)
     rows: list[dict[str, Any]] = []
     with progress(len(options.lengths), f"bench {options.target}") as bar:
         for index, length in enumerate(options.lengths):
             bar(index, f"T = {length}")
-            rows += _measure(options, length, device, roof)
+            rows += _measure(options, length, device, roof, peers, rows)
         bar(len(options.lengths))
     if options.json:
         print_json(
@@ -84,30 +89,63 @@ def main(arguments: Sequence[str]) -> int:
                 "copy_bytes_per_second": roof.bytes_per_second,
                 "matmul_flops_per_second": roof.flops_per_second,
                 "rows": rows,
+                "absent": absent,
             }
         )
         return 0
     what = "forward and backward" if options.backward else "forward"
     print_table(
         ["T", "who", "ms", "ratio", "MiB", "of the limit"],
-        [
-            [
-                str(row["length"]),
-                row["who"],
-                f"{row['seconds'] * 1e3:.2f}",
-                f"{row['ratio']:.2f}",
-                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
-                "-" if row["of_limit"] is None else f"{100 * row['of_limit']:.0f} %",
-            ]
-            for row in rows
-        ],
+        [_cells(row) for row in rows],
         title=f"{options.target}, {what}, batch {options.batch_size}, width {options.width}, {options.dtype}, "
         f"{torch.get_num_threads()} threads",
     )
+    for name, reason in absent.items():
+        print(f"not timed: {name}: {reason}")
     return 0
 
 
-def _measure(options: Options, length: int, device: torch.device, roof: _Roof) -> list[dict[str, Any]]:
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "skipped" in row:
+        return [str(row["length"]), row["who"], "-", "-", "-", row["skipped"]]
+    return [
+        str(row["length"]),
+        row["who"],
+        f"{row['seconds'] * 1e3:.2f}",
+        f"{row['ratio']:.2f}",
+        "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+        "-" if row["of_limit"] is None else f"{100 * row['of_limit']:.1f} %",
+    ]
+
+
+def _peers(options: Options) -> tuple[dict[str, _Runner], dict[str, str]]:
+    """The peers asked for (by default all that are installed), and why others are not here.
+
+    Raises:
+        ValueError: a peer asked for by name that is unknown or not installed.
+    """
+    from statewise.testing.peers import PEERS, find_peers
+
+    found, absent = find_peers(options.target)
+    if options.against is None:
+        return {f"{peer.name} {peer.version}": peer.run for peer in found}, absent
+    for name in options.against:
+        if name not in PEERS.get(options.target, {}):
+            known = ", ".join(PEERS.get(options.target, {})) or "none"
+            raise ValueError(f"--against: {options.target} has no peer called {name!r}; known: {known}")
+        if name in absent:
+            raise ValueError(f"--against {name}: {absent[name]}")
+    return {f"{peer.name} {peer.version}": peer.run for peer in found if peer.name in options.against}, {}
+
+
+def _measure(
+    options: Options,
+    length: int,
+    device: torch.device,
+    roof: _Roof,
+    peers: dict[str, _Runner],
+    before: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
     contest = _contest(options, length, device)
     least = None
     if contest.flops:
@@ -116,25 +154,47 @@ def _measure(options: Options, length: int, device: torch.device, roof: _Roof) -
         factor = 2 if options.backward else 1
         least = max(factor * moved / roof.bytes_per_second, (2 * factor - 1) * contest.flops / roof.flops_per_second)
     rows: list[dict[str, Any]] = []
-    for who, runner in contest.runners.items():
+    for who, runner in {**contest.runners, **peers}.items():
+        row: dict[str, Any] = {"length": length, "who": who}
+        reason = _reason_to_skip(row, before, options.cap) or (_disagreement(contest, runner) if who in peers else None)
+        if reason:
+            rows.append({**row, "skipped": reason})
+            continue
         seconds, peak = _timed(runner, contest.inputs, options)
-        rows.append(
-            {
-                "length": length,
-                "who": who,
-                "seconds": seconds,
-                "ratio": seconds / rows[0]["seconds"] if rows else 1.0,
-                "peak_bytes": peak,
-                "of_limit": None if least is None else least / seconds,
-            }
-        )
+        first = next((other["seconds"] for other in rows if "seconds" in other), seconds)
+        times = {"seconds": seconds, "ratio": seconds / first, "peak_bytes": peak}
+        rows.append({**row, **times, "of_limit": None if least is None else least / seconds})
     return rows
 
 
-def _timed(
-    runner: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], options: Options
-) -> tuple[float, int | None]:
-    """Median seconds, and the most memory held above the inputs (``None`` where it cannot be told)."""
+def _reason_to_skip(row: dict[str, Any], before: list[dict[str, Any]], cap: float) -> str | None:
+    """Loops over ``x[:, t]`` have a backward pass that grows with the square of T."""
+    earlier = [other for other in before if other["who"] == row["who"] and other["length"] < row["length"]]
+    if not earlier:
+        return None
+    last = max(earlier, key=lambda other: int(other["length"]))
+    if "skipped" in last:
+        return str(last["skipped"])
+    expected = last["seconds"] * (row["length"] / last["length"]) ** 2
+    return f"would take about {expected:.0f} s" if expected > cap else None
+
+
+def _disagreement(contest: _Contest, peer: _Runner) -> str | None:
+    """Why ``peer`` is not timed: another answer than ours, or none."""
+    import torch
+
+    with torch.no_grad():
+        ours = next(iter(contest.runners.values()))(contest.inputs).float()
+        try:
+            theirs = peer(contest.inputs).detach().float()
+        except Exception as error:  # whatever a peer raises on these inputs is a fact about the peer
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    gap = float((theirs - ours).abs().max() / ours.abs().max())
+    return None if gap < 1e-2 else f"differs from ours by {gap:.0e}"
+
+
+def _timed(runner: _Runner, inputs: dict[str, Tensor], options: Options) -> tuple[float, int | None]:
+    """Median seconds, and by how much the process's resident memory grew (``None`` where it cannot be told)."""
     import torch
 
     def once() -> None:
@@ -147,9 +207,9 @@ def _timed(
         if output.device.type == "cuda":
             torch.cuda.synchronize()
 
+    seconds: list[float] = []
     once()  # compiles, fills caches
-    seconds = []
-    for _ in range(options.repeats):
+    while len(seconds) < options.repeats and sum(seconds) < options.cap:
         started = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - started)
@@ -224,7 +284,7 @@ def _contest(options: Options, length: int, device: torch.device) -> _Contest:
         for key, leaf in inputs.items()
     }
 
-    def ours(backend: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    def ours(backend: str) -> _Runner:
         return lambda given: getattr(ops, name)(**given, backend=backend)[0]
 
     runners = {f"statewise {backend}": ours(backend) for backend in options.backends}
