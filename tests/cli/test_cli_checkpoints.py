@@ -120,6 +120,10 @@ def test_verify_exits_with_1_on_a_failure(command: Command, checkpoint: Path, mo
     assert line.startswith("token by token = whole")
 
 
+def test_verify_tells_the_names_it_knows(refused: Refused) -> None:
+    assert "names are mamba, rwkv4, rwkv7" in refused("verify", "rwkv99")
+
+
 def test_verify_takes_a_name_and_a_dtype(command: Command) -> None:
     told = command("verify", "rwkv4", "--length", 10, "--dtype", "float32")
     assert told.code == 0

@@ -82,6 +82,7 @@ def test_prompts_come_from_files_and_standard_input(
         (("--prompt", "a", "--seed", "-1"), "seed"),
         (("--prompt", "a", "--state", "absent"), "absent: No such file"),
         (("--prompt", "a", "--save-state", "absent/s"), "absent is no directory"),
+        (("--prompt", "a", "--max-tokens", "0", "--save-state", "/"), "--save-state: / cannot be written"),
         (("--prompt", "a", "--tokenizer", "absent"), "absent"),
         (("--prompt", "a", "--device", "toaster"), "toaster"),
         (("--prompt", "a", "--dtype", "int8"), "--dtype"),

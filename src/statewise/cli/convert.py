@@ -46,7 +46,10 @@ def main(arguments: Sequence[str]) -> int:
     for names, what in ((found.missing, "missing"), (found.extra, "unknown"), (sorted(found.misshaped), "mis-shaped")):
         if names:
             raise WeightsError(f"{source}: tensor {names[0]} is {what} ({len(names)} in all): not converted")
-    write(target, found.checkpoint, options.to)
+    try:
+        write(target, found.checkpoint, options.to)
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error.strerror}") from error
     from statewise.cli.console import print_json
 
     result = {

@@ -96,8 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         if sys.stdout.isatty():
             write_text("\n")
     if options.save_state is not None:
-        # Nothing sampled: the state has read the whole prompt, and nothing says what comes next.
-        save_session(options.save_state, run.state, run.pending)
+        try:
+            save_session(options.save_state, run.state, run.pending)
+        except OSError as error:
+            raise ValueError(f"--save-state: {options.save_state} cannot be written: {error.strerror}") from error
     if options.json:
         spent = time.perf_counter() - read
         print_json(

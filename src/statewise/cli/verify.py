@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from statewise.cli import COMMANDS
@@ -45,6 +46,10 @@ def main(arguments: Sequence[str]) -> int:
         torch.manual_seed(options.seed)
         model = create(options.model, **_FRESH).to(device=device, dtype=dtype)
         stir(model, seed=options.seed)
+    elif not Path(options.model).exists():
+        raise ValueError(
+            f"{options.model!r} is neither a checkpoint nor the name of a model; names are {', '.join(list_models())}"
+        )
     else:
         model = open_model(options.model, device=device, dtype=dtype).model
     with progress(10, f"verify {options.model}") as bar:
