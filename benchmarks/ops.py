@@ -2,42 +2,48 @@
 
     python -m benchmarks.ops --out benchmarks/results/DATE-ops-cpu.json
 
-Peers come from their published packages (`pip install -r benchmarks/constraints-peers.txt` into an environment of its
-own); RWKV-LM publishes no package, so its loop is read from a checkout named by ``--rwkv-lm``. Every peer's output is
-compared with ours before it is timed. Rounds are interleaved, medians are told, and a length is left out, with the
-reason recorded, once one run of a shorter one says that it would take longer than ``--cap`` seconds.
+Peers come from their published packages (`benchmarks/constraints-peers.txt`, into an environment of their own); RWKV-LM
+publishes none, so its loop is read from a checkout named by ``--rwkv-lm``. Before anything is timed its output is held
+against our reference loop and its gradients against ours: what differs is not timed. Rounds are interleaved, medians
+are told, and a length is left out, with the reason, where a shorter one says that it would take longer than ``--cap``.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
+import math
 import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import describe, resident_peak
+from benchmarks.plot import draw_growth, growth_table
 from statewise import ops
-from statewise.testing.peers import Peer, find_peers, rwkv_lm_loop
+from statewise.files import atomic_write
+from statewise.testing.peers import PEERS, Peer, Run, find_peers, rwkv_lm_loop
 
 SHAPES = {"wkv4": "B4 C512", "wkv7": "B2 H8 N64", "selective_scan": "B2 D1536 N16"}
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
+OUTPUT_TOLERANCE = 1e-4  # of the largest value
+GRADIENT_TOLERANCE = 1e-3  # the same; sums over all positions in float32, in another order
+REFERENCE = "statewise reference"
+LONGEST_REFERENCE = 1024  # it is there for its shape, which shorter lengths show
+
 
 def draw(op: str, time: int) -> dict[str, Tensor]:
-    """Inputs at the sizes of SHAPES, as they come in a trained model."""
+    """Inputs at the sizes of SHAPES, float32, in the ranges that a trained model has."""
     torch.manual_seed(0)
     if op == "wkv4":
-        shape = (4, time, 512)
-        inputs = {"k": torch.randn(shape), "v": torch.randn(shape), "log_w": -torch.rand(512), "u": torch.randn(512)}
+        k, v = torch.randn(2, 4, time, 512)
+        inputs = {"k": k, "v": v, "log_w": -torch.rand(512), "u": torch.randn(512)}
     elif op == "wkv7":
         shape = (2, time, 8, 64)
         direction = torch.nn.functional.normalize(torch.randn(shape), dim=-1)
@@ -60,159 +66,219 @@ def draw(op: str, time: int) -> dict[str, Tensor]:
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
-def ours(op: str, backend: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        return getattr(ops, op)(**inputs, backend=backend)[0]
-
-    return run
+def ours(op: str, backend: str) -> Run:
+    """Our own operator, as a peer is run."""
+    return lambda inputs: getattr(ops, op)(**inputs, backend=backend)[0]
 
 
-def seconds(run: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], backward: bool) -> float:
-    start = time.perf_counter()
-    if backward:
-        y = run(inputs)
-        torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
-    else:
-        with torch.no_grad():
-            run(inputs)
-    return time.perf_counter() - start
+def measure(
+    op: str,
+    contestants: Sequence[Peer],
+    lengths: Sequence[int],
+    repeats: int,
+    cap: float,
+    inputs_of: Callable[[str, int], dict[str, Tensor]] = draw,
+    finished: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Time every contestant at every length.
 
+    Args:
+        op: an operator of SHAPES.
+        contestants: the first is ours: its gradients are the others' yardstick.
+        lengths: rising.
+        repeats: rounds of one forward and one forward with backward.
+        cap: seconds; a run that is expected to last longer is left out.
+        inputs_of: operator and length → inputs.
+        finished: called after each length with all rows so far.
 
-def measure(op: str, peers: list[Peer], lengths: tuple[int, ...], repeats: int, cap: float) -> list[dict[str, Any]]:
-    """One row per (implementation, length)."""
-    rows = []
-    last: dict[str, tuple[int, float]] = {}  # implementation → (length, seconds of a whole run)
+    Returns:
+        One row a contestant and length, with its medians in milliseconds, or with ``skipped``, the reason.
+    """
+    rows: list[dict[str, Any]] = []
+    last: dict[str, tuple[int, float]] = {}  # name → (length, seconds of a whole run)
     for length in lengths:
-        inputs = draw(op, length)
+        inputs = inputs_of(op, length)
         with torch.no_grad():
-            truth = ours(op, "torch")(inputs)
-        ready = []
-        for peer in peers:
-            row: dict[str, Any] = {"op": op, "shape": SHAPES[op], "T": length, "who": peer.name}
-            # Peers' backward grows with the square of T, so a doubled T is expected to cost four times as much.
-            before = last.get(peer.name)
-            if before is not None and before[1] * (length / before[0]) ** 2 > cap:
-                rows.append({**row, "skipped": f"expected over {cap:.0f} s, {before[1]:.1f} s at T={before[0]}"})
-                continue
-            with torch.no_grad():
-                y = peer.run(inputs)
-            gap = float((y - truth).abs().max() / truth.abs().max())
-            if not gap <= 1e-4:
-                rows.append({**row, "skipped": f"output differs from ours by {gap:.1e}: not timed"})
-                continue
-            first = seconds(peer.run, inputs, True)
-            last[peer.name] = (length, first)
-            ready.append((peer, {**row, "version": peer.version, "difference": gap}, first))
-        times: dict[str, dict[str, list[float]]] = {p.name: {"forward": [], "both": []} for p, _, _ in ready}
-        for round_ in range(repeats):
-            for peer, _, first in ready:
-                if round_ and first > cap / 8:  # one timing says enough of what takes this long
-                    continue
-                times[peer.name]["forward"].append(seconds(peer.run, inputs, False))
-                times[peer.name]["both"].append(seconds(peer.run, inputs, True))
-        for peer, row, _ in ready:
-            for kind, values in times[peer.name].items():
-                row[f"{kind}_ms"] = round(1e3 * statistics.median(values), 3)
-                row[f"{kind}_ms_range"] = [round(1e3 * min(values), 3), round(1e3 * max(values), 3)]
-            row["runs"] = len(times[peer.name]["both"])
+            truth = ours(op, "reference")(inputs)
+        cotangent = torch.randn_like(truth)
+        gradients: list[Tensor] | None = None
+        ready: list[_Contest] = []
+        for who in contestants:
+            row = {"op": op, "shape": SHAPES[op], "T": length, "who": who.name, "version": who.version}
             rows.append(row)
-            print(
-                f"{op:15} T={length:<5} {peer.name:16} {row['forward_ms']:10.1f} {row['both_ms']:10.1f} ms", flush=True
-            )
+            if reason := _too_long(who.name, length, last.get(who.name), cap):
+                row["skipped"] = reason
+                continue
+            before = resident_peak(reset=True)
+            try:
+                seconds, y, found = _whole(who.run, inputs, cotangent)
+            except Exception as error:
+                if gradients is None:  # ours: a fault, not a limit
+                    raise
+                row["skipped"] = f"does not run: {type(error).__name__}: {error}".rstrip(": ")
+                continue
+            after = resident_peak(reset=False)
+            last[who.name] = (length, seconds)
+            gaps = [_gap(y, truth)]
+            gradients = found if gradients is None else gradients
+            gaps.append(max(_gap(one, other) for one, other in zip(found, gradients, strict=True)))
+            # Written so that NaN, too, is a difference.
+            if not (gaps[0] <= OUTPUT_TOLERANCE and gaps[1] <= GRADIENT_TOLERANCE):
+                row["skipped"] = f"not timed: output differs by {gaps[0]:.1e}, gradients by {gaps[1]:.1e}"
+                continue
+            row |= {"output_difference": gaps[0], "gradient_difference": gaps[1]}
+            if before is not None and after is not None:
+                row["peak_mib"] = round((after - before) / 2**20)
+            ready.append(_Contest(who.run, row, seconds, repeats, cap))
+            del y, found
+        for round_ in range(repeats):
+            for contest in ready:
+                contest.take(round_, inputs, cotangent)
+        for contest in ready:
+            contest.tell()
+        finished(rows)
     return rows
 
 
-def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Exponent p of time ~ T^p, forward and backward, fitted over each implementation's timed lengths."""
+class _Contest:
+    """One contestant at one length."""
+
+    def __init__(self, run: Run, row: dict[str, Any], first: float, repeats: int, cap: float) -> None:
+        self.run, self.row = run, row
+        # What lasts this long is timed well enough by a single run; its start-up was paid at shorter lengths.
+        self.rounds = 1 if first > cap / 12 else repeats
+        self.forward: list[float] = []
+        self.both = [first] if self.rounds < repeats else []
+
+    def take(self, round_: int, inputs: Mapping[str, Tensor], cotangent: Tensor) -> None:
+        if round_ >= self.rounds:
+            return
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.run(inputs)
+        self.forward.append(time.perf_counter() - start)
+        if len(self.both) < self.rounds:
+            self.both.append(_whole(self.run, inputs, cotangent)[0])
+
+    def tell(self) -> None:
+        for kind, values in (("forward", self.forward), ("both", self.both)):
+            self.row[f"{kind}_ms"] = round(1e3 * statistics.median(values), 3)
+            self.row[f"{kind}_ms_range"] = [round(1e3 * min(values), 3), round(1e3 * max(values), 3)]
+        self.row["runs"] = len(self.both)
+        op, length, who = (self.row[key] for key in ("op", "T", "who"))
+        print(
+            f"{op:15} T={length:<5} {who:20} {self.row['forward_ms']:10.1f} {self.row['both_ms']:10.1f} ms", flush=True
+        )
+
+
+def _too_long(name: str, length: int, before: tuple[int, float] | None, cap: float) -> str | None:
+    """Why ``name`` is not run at ``length``, or ``None``; a loop's backward may grow with the square of T."""
+    if name == REFERENCE and length > LONGEST_REFERENCE:
+        return f"our own loop is timed up to T={LONGEST_REFERENCE}"
+    if before is not None and (expected := before[1] * (length / before[0]) ** 2) > cap:
+        return f"up to {expected:.0f} s expected after {before[1]:.1f} s at T={before[0]}; the cap is {cap:.0f} s"
+    return None
+
+
+def _whole(run: Run, inputs: Mapping[str, Tensor], cotangent: Tensor) -> tuple[float, Tensor, list[Tensor]]:
+    """Seconds of one forward and backward, its output and gradients."""
+    start = time.perf_counter()
+    y = run(inputs)
+    gradients = torch.autograd.grad(y, list(inputs.values()), cotangent)
+    return time.perf_counter() - start, y.detach(), list(gradients)
+
+
+def _gap(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def growth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How each implementation's forward and backward grows: time ~ T^exponent.
+
+    ``exponent`` is fitted over all its lengths, ``exponent_last`` is that of its last step in length, where the
+    constant cost of a call weighs least.
+    """
     import numpy as np
 
-    found = {}
-    for key in dict.fromkeys((row["op"], row["who"]) for row in rows):
-        points = [(row["T"], row["both_ms"]) for row in rows if (row["op"], row["who"]) == key and "both_ms" in row]
-        if len(points) >= 3:
+    found = []
+    for op, who in dict.fromkeys((row["op"], row["who"]) for row in rows):
+        points = [(r["T"], r["both_ms"]) for r in rows if (r["op"], r["who"]) == (op, who) and "both_ms" in r]
+        if len(points) >= 2:
+            (t0, ms0), (t1, ms1) = points[-2:]
             t, ms = np.log(np.array(points)).T
-            found["/".join(key)] = round(float(np.polyfit(t, ms, 1)[0]), 2)
+            fitted = float(np.polyfit(t, ms, 1)[0])
+            exponents = {"exponent": round(fitted, 2), "exponent_last": round(math.log(ms1 / ms0, t1 / t0), 2)}
+            found.append({"op": op, "who": who, "from_T": points[0][0], "to_T": t1} | exponents)
     return found
 
 
-def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over T, both axes logarithmic, one panel an operator."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["op"] for row in rows))
-    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, op in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for who in dict.fromkeys(row["who"] for row in rows if row["op"] == op):
-            points = [(r["T"], r["both_ms"]) for r in rows if (r["op"], r["who"]) == (op, who) and "both_ms" in r]
-            if points:
-                mine = who.startswith("statewise")
-                axis.loglog(*zip(*points, strict=True), marker="o", label=who, linewidth=2.5 if mine else 1.2)
-        axis.set(title=f"{op} ({SHAPES[op]}, float32)", xlabel="T", ylabel="forward + backward, ms")
-        axis.set_xticks(LENGTHS, [str(t) for t in LENGTHS])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+def find_contestants(op: str, names: Sequence[str] | None, rwkv_lm: Path | None) -> tuple[list[Peer], dict[str, str]]:
+    """Ours, our reference and the peers asked for (``None``: all that run here); and who is absent, and why."""
+    peers, absent = find_peers(op)
+    if op == "wkv7":
+        if rwkv_lm is None:
+            absent["RWKV-LM loop"] = "no checkout given (--rwkv-lm)"
+        else:
+            peers.append(rwkv_lm_loop(rwkv_lm))
+    mine = [Peer("statewise", "this commit", ours(op, "torch")), Peer(REFERENCE, "this commit", ours(op, "reference"))]
+    if names is not None:
+        peers = [peer for peer in peers if peer.name in names]
+        absent = {name: reason for name, reason in absent.items() if name in names}
+    return mine + peers, absent
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what this ran."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+def _names(value: str) -> list[str]:
+    return value.split(",")
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", default=",".join(SHAPES))
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+def main(arguments: Sequence[str] | None = None) -> None:
+    known = [*(name for peers in PEERS.values() for name in peers), "RWKV-LM loop"]
+    parser = argparse.ArgumentParser(prog="benchmarks.ops", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ops", type=_names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--lengths", type=_names, default=list(LENGTHS), help="values of T, rising")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cap", type=float, default=60.0, help="longest single run of a peer, seconds")
-    parser.add_argument("--rwkv-lm", type=Path, help="RWKV-v7/rwkv_v7_demo.py of an RWKV-LM checkout")
-    parser.add_argument("--out", type=Path, help="JSON file; a plot of the same name is drawn beside it")
-    options = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--cap", type=float, default=60.0, help="longest single run, seconds")
+    parser.add_argument("--peers", type=_names, help=f"of {', '.join(known)}; default: all that run here")
+    parser.add_argument(
+        "--rwkv-lm", type=Path, metavar="DIR", help="a checkout of RWKV-LM, for the official WKV-7 loop"
+    )
+    parser.add_argument("--out", type=Path, metavar="JSON", help="where results go, after every length")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="default: beside --out, of the same name")
+    options = parser.parse_args(arguments)
+    for name in options.ops:
+        if name not in SHAPES:
+            parser.error(f"--ops: {name!r}; {', '.join(SHAPES)} are accepted")
+    for name in options.peers or ():
+        if name not in known:
+            parser.error(f"--peers: {name!r}; {', '.join(known)} are accepted")
+    try:
+        lengths = sorted({int(value) for value in options.lengths})
+    except ValueError as error:
+        parser.error(f"--lengths: {error}")
+    if lengths[0] < 1 or options.repeats < 1 or options.threads < 1:
+        parser.error("--lengths, --repeats and --threads take numbers of 1 or more")
     torch.set_num_threads(options.threads)
-    about = machine()
-    lengths = tuple(int(value) for value in options.lengths.split(","))
     rows: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"kind": "ops", "machine": describe(), "repeats": options.repeats, "dtype": "float32"}
+
+    def write(fresh: list[dict[str, Any]], complete: bool = False) -> None:
+        so_far = rows + fresh
+        document.update(complete=complete, load_after=round(os.getloadavg()[0], 2))
+        document.update(growth=growth(so_far), absent=absent, rows=so_far)
+        if options.out is not None:
+            atomic_write(options.out, json.dumps(document, indent=1) + "\n")
+
     absent: dict[str, str] = {}
-    for op in options.ops.split(","):
-        peers, missing = find_peers(op)
+    for op in options.ops:
+        contestants, missing = find_contestants(op, options.peers, options.rwkv_lm)
         absent |= missing
-        if op == "wkv7" and options.rwkv_lm is not None:
-            peers.append(Peer("RWKV-LM loop", "checkout", rwkv_lm_loop(options.rwkv_lm)))
-        mine = [Peer("statewise", "this commit", ours(op, "torch"))]
-        mine.append(Peer("statewise reference", "this commit", ours(op, "reference")))
-        rows += measure(op, mine + peers, lengths, options.repeats, options.cap)
-    for name, reason in absent.items():
-        print(f"absent: {name}: {reason}")
-    exponents = growth(rows)
-    print(json.dumps(exponents, indent=1))
-    if options.out is not None:
-        document = {"machine": about, "growth_exponents": exponents, "absent": absent, "rows": rows}
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
-        draw_plot(rows, options.out.with_suffix(".png"))
+        rows += measure(op, contestants, lengths, options.repeats, options.cap, finished=write)
+    write([], complete=True)
+    print("\n" + growth_table(document))
+    plot = options.plot or (options.out.with_suffix(".png") if options.out is not None else None)
+    if plot is not None:
+        draw_growth(document, plot)
 
 
 if __name__ == "__main__":

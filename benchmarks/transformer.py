@@ -17,7 +17,7 @@ __all__ = ["Transformer", "TransformerConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes; the feed-forward part is four times as wide as the stream."""
+    """Sizes. The feed-forward part is 4.5 C wide: 13 C² parameters a block, as many as RWKV-4's."""
 
     vocab_size: int
     num_layers: int
@@ -25,37 +25,43 @@ class TransformerConfig:
     head_size: int = 64
 
 
-def _rotate(x: Tensor) -> Tensor:
-    """Rotary positions on ``(B, H, T, N)``."""
-    time, size = x.shape[2], x.shape[3]
-    rate = 10000 ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
-    angle = torch.arange(time, device=x.device, dtype=torch.float32)[:, None] * rate
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+def _angles(time: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``(T, N/2)`` of the rotary positions."""
+    rate = 10000 ** (-torch.arange(0, size, 2, device=like.device, dtype=torch.float32) / size)
+    angle = torch.arange(time, device=like.device, dtype=torch.float32)[:, None] * rate
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (channel i, channel i + N/2) of ``(B, H, T, N)`` by its angle."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 class _Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        C = config.width
+        C, hidden = config.width, config.width * 9 // 2
         self.heads = C // config.head_size
         self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.qkv, self.output = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        self.up, self.down = nn.Linear(C, hidden, bias=False), nn.Linear(hidden, C, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(self.ln1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
+        y = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
         x = x + self.output(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.ln2(x))))
+        fed: Tensor = self.down(F.gelu(self.up(self.ln2(x))))
+        return x + fed
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits out; no state beyond the window."""
+    """Tokens in, logits out; what it knows of the past is its window."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        if config.width % config.head_size:
+            raise ValueError(f"width: got {config.width}, a multiple of head_size {config.head_size} is accepted")
         self.config = config
         self.emb = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
@@ -68,10 +74,17 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / ((2 * config.num_layers) ** 0.5 if writes else 1))
 
     def forward(self, tokens: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """ids ``(B, T)`` → logits ``(B, T, vocab_size)``, and no state."""
+        """ids ``(B, T)`` → logits ``(B, T, vocab_size)``, and no state.
+
+        Raises:
+            ValueError: a state is given.
+        """
+        if state is not None:
+            raise ValueError("state: a transformer without a cache carries none, None is accepted")
         x = self.emb(tokens)
+        cos, sin = _angles(tokens.shape[1], self.config.head_size, x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cos, sin)
         return self.head(self.ln_out(x)), None
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

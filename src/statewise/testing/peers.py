@@ -7,6 +7,7 @@ dependency: a peer that is not installed is reported as absent.
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PEERS", "Peer", "find_peers", "rwkv_lm_loop"]
+__all__ = ["PEERS", "Peer", "Run", "find_peers", "rwkv_lm_loop"]
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Peer(NamedTuple):
-    """A runnable peer: inputs by our names → y, in our layout."""
+    """A runnable peer. ``run`` takes the inputs by our operator's names and layouts, and returns y in ours."""
 
     name: str
     version: str
@@ -42,12 +43,13 @@ def _transformers_wkv4() -> Run:
 def _mambapy_scan() -> Run:
     from mambapy.mamba import MambaBlock, MambaConfig  # type: ignore[import-not-found]
 
+    # The scan is a method that reads its arguments alone: the block it belongs to may be of any size.
+    block = MambaBlock(MambaConfig(d_model=2, n_layers=1))
+
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        channels, size = inputs["A"].shape
-        block = MambaBlock(MambaConfig(d_model=max(channels // 2, 1), n_layers=1, d_state=size))
-        skip = torch.zeros(channels)
-        y = block.selective_scan(inputs["x"], inputs["dt"], inputs["A"], inputs["B"], inputs["C"], skip)
-        return y  # type: ignore[no-any-return]
+        x = inputs["x"]
+        skip = torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device)
+        return block.selective_scan(x, inputs["dt"], inputs["A"], inputs["B"], inputs["C"], skip)  # type: ignore[no-any-return]
 
     return run
 
@@ -69,15 +71,24 @@ def _fla_wkv7(name: str) -> Callable[[], Run]:
     return find
 
 
-def rwkv_lm_loop(path: Path) -> Run:
-    """The official torch loop of WKV-7, taken from RWKV-LM's `RWKV-v7/rwkv_v7_demo.py` at ``path``.
+def rwkv_lm_loop(path: Path) -> Peer:
+    """The official torch loop of WKV-7, from a checkout of RWKV-LM, which publishes no package.
 
-    The file is a script: only its function ``RWKV7_OP`` (the one with the loop) is compiled, the rest is not run.
+    The file is a script: only its function ``RWKV7_OP`` (the one with the loop) is compiled, the rest is not run. The
+    version told is the start of the file's SHA-256.
+
+    Args:
+        path: the checkout, or its file ``RWKV-v7/rwkv_v7_demo.py``.
 
     Raises:
-        ValueError: no such function in the file.
+        ValueError: no such file, or no such function in it.
     """
-    tree = ast.parse(path.read_text("utf-8"))
+    file = path / "RWKV-v7" / "rwkv_v7_demo.py" if path.is_dir() else path
+    try:
+        source = file.read_bytes()
+        tree = ast.parse(source)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"path: cannot read {file} as a Python file: {error}") from error
     loops = [
         node
         for node in ast.walk(tree)
@@ -86,19 +97,19 @@ def rwkv_lm_loop(path: Path) -> Run:
         and any(isinstance(inner, ast.For) for inner in ast.walk(node))
     ]
     if not loops:
-        raise ValueError(f"{path}: no function RWKV7_OP with a loop")
-    module = ast.Module(body=[loops[0]], type_ignores=[])
+        raise ValueError(f"path: {file} has no function RWKV7_OP with a loop")
+    names: dict[str, Any] = {"torch": torch}
+    exec(compile(ast.Module(body=[loops[0]], type_ignores=[]), str(file), "exec"), names)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         shape = inputs["r"].shape
-        names: dict[str, Any] = {"torch": torch, "HEAD_SIZE": shape[-1], "DTYPE": torch.float32}
-        exec(compile(module, str(path), "exec"), names)
+        names.update(HEAD_SIZE=shape[-1], DTYPE=inputs["v"].dtype)  # globals of the script
         flat = {key: value.flatten(2) for key, value in inputs.items()}
         raw = torch.log(-flat["log_w"])
         y = names["RWKV7_OP"](flat["r"], raw, flat["k"], flat["v"], flat["a"], flat["b"])
         return y.reshape(shape)  # type: ignore[no-any-return]
 
-    return run
+    return Peer("RWKV-LM loop", f"sha256 {hashlib.sha256(source).hexdigest()[:12]}", run)
 
 
 #: Operator → peer's name → (package, how to find it).
