@@ -136,7 +136,7 @@ def run_model(name: str, corpus: Corpus, settings: Mapping[str, Any], work: Path
         if spent - saved_at > _SECONDS_BETWEEN_SAVES or spent >= budget:
             save()
             saved_at = spent
-    test = corpus.test
+    test = corpus.test[: settings["test_bytes"]]
     if name == "transformer":
         score = windowed_bits(model, test, settings["context"])
     else:
@@ -162,13 +162,11 @@ def _recipe(settings: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(learning_rate=settings["learning_rate"], weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8)
 
 
-def compressors(corpus: Corpus) -> dict[str, float]:
-    """Bits a byte of the test split, by compressors that have read the training split first."""
-    whole = np.concatenate([corpus.train, corpus.test])
-    before, after = compressor_bits_per_byte(corpus.train), compressor_bits_per_byte(whole)
-    return {
-        name: (after[name] * len(whole) - before[name] * len(corpus.train)) / len(corpus.test) for name in COMPRESSORS
-    }
+def compressors(train: npt.NDArray[np.uint8], test: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """Bits a byte of ``test``, by compressors that have read ``train`` first."""
+    whole = np.concatenate([train, test])
+    before, after = compressor_bits_per_byte(train), compressor_bits_per_byte(whole)
+    return {name: (after[name] * len(whole) - before[name] * len(train)) / len(test) for name in COMPRESSORS}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -181,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak; falls to a tenth")
+    parser.add_argument("--test-bytes", type=int, help="score no more than the first bytes of the test split")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -195,8 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     corpus = load_corpus(options.data, split=(0.95, 0.0))
     settings = {key: value for key, value in vars(options).items() if key not in ("models", "work", "out")}
-    settings |= {"data": Path(options.data).name, "data_sha256": corpus.sha256, "test_bytes": len(corpus.test)}
+    settings |= {
+        "data": Path(options.data).name,
+        "data_sha256": corpus.sha256,
+        "test_bytes": len(corpus.test[: options.test_bytes]),
+    }
     options.work.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     _claim(options.work, settings, parser)
     results = []
     for name in names:
@@ -207,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: test {results[-1]['test_bits_per_byte']} bits/byte", flush=True)
     known = options.work / "compressors.json"
     if not known.exists():
-        atomic_write(known, json.dumps(compressors(corpus)) + "\n")
+        atomic_write(known, json.dumps(compressors(corpus.train, corpus.test[: options.test_bytes])) + "\n")
     document = {
         "kind": "language-models",
         "machine": describe(),

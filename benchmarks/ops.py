@@ -258,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--lengths: {error}")
     if lengths[0] < 1 or options.repeats < 1 or options.threads < 1:
         parser.error("--lengths, --repeats and --threads take numbers of 1 or more")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {"kind": "ops", "machine": describe(), "repeats": options.repeats, "dtype": "float32"}

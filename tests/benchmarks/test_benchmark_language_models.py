@@ -137,7 +137,7 @@ def test_compressors_have_read_the_training_split(text: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8).tobytes()
     text.write_bytes(noise * 10)
     corpus = load_corpus(text, split=(0.95, 0.0))
-    bits = language_models.compressors(corpus)
+    bits = language_models.compressors(corpus.train, corpus.test)
     assert compressor_bits_per_byte(corpus.test)["xz"] > 8  # alone, it is noise
     assert bits["xz"] < 1
     assert bits["gzip"] < 1
