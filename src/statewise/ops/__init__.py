@@ -4,6 +4,7 @@ Every causal operator has a whole-sequence form, the same form continued from an
 token; all return the same numbers. :func:`backends` tells what runs where.
 """
 
+from statewise.ops.bi_wkv import bi_wkv, bi_wkv_step
 from statewise.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from statewise.ops.dispatch import backends
 from statewise.ops.selective_scan import selective_scan, selective_scan_step
@@ -13,6 +14,8 @@ from statewise.ops.wkv7 import wkv7, wkv7_step
 
 __all__ = [
     "backends",
+    "bi_wkv",
+    "bi_wkv_step",
     "causal_conv1d",
     "causal_conv1d_step",
     "selective_scan",

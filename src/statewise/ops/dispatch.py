@@ -17,6 +17,7 @@ _PLANNED = {
 # An operator whose parallel form is its reference (a shift, a convolution window) lists both names all the same:
 # `backend="torch"` must work everywhere.
 _SERVED: dict[str, tuple[str, ...]] = {
+    "bi_wkv": ("reference", "torch"),
     "causal_conv1d": ("reference", "torch"),
     "selective_scan": ("reference", "torch"),
     "token_shift": ("reference", "torch"),
