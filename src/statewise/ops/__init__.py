@@ -10,6 +10,7 @@ from statewise.ops.dispatch import backends
 from statewise.ops.selective_scan import selective_scan, selective_scan_step
 from statewise.ops.token_shift import token_shift, token_shift_step
 from statewise.ops.wkv4 import wkv4, wkv4_step
+from statewise.ops.wkv6 import wkv6, wkv6_step
 from statewise.ops.wkv7 import wkv7, wkv7_step
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "token_shift_step",
     "wkv4",
     "wkv4_step",
+    "wkv6",
+    "wkv6_step",
     "wkv7",
     "wkv7_step",
 ]

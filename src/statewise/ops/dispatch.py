@@ -22,6 +22,7 @@ _SERVED: dict[str, tuple[str, ...]] = {
     "selective_scan": ("reference", "torch"),
     "token_shift": ("reference", "torch"),
     "wkv4": ("reference", "torch"),
+    "wkv6": ("reference", "torch"),
     "wkv7": ("reference", "torch"),
 }
 

@@ -81,6 +81,20 @@ def _wkv4_state(draw: Draw, rows: int) -> WKV4State:
     return WKV4State(draw(rows, 5), 0.1 + draw(rows, 5).abs(), draw(rows, 5))
 
 
+def _wkv6(decay: str, bonus: str = "HK") -> Callable[[Draw, int, int], dict[str, Tensor]]:
+    def draw_all(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
+        size = {"B": B, "T": T, "H": 2, "K": 4}
+        return {
+            "r": draw(B, T, 2, 4),
+            "log_w": -torch.exp(draw(*[size[letter] for letter in decay])),
+            "k": draw(B, T, 2, 4),
+            "v": draw(B, T, 2, 3),
+            "u": draw(*[size[letter] for letter in bonus]),
+        }
+
+    return draw_all
+
+
 def _wkv7(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
     H, K, V = 2, 4, 3
     direction = torch.nn.functional.normalize(draw(B, T, H, K), dim=-1)
@@ -134,6 +148,9 @@ CASES = (
     OpCase("conv-w2", "causal_conv1d", ("x",), _conv(2, False), lambda draw, n: draw(n, 1, 5)),
     OpCase("conv-w1", "causal_conv1d", ("x",), _conv(1, True), lambda draw, n: draw(n, 0, 5)),
     OpCase("wkv4", "wkv4", ("k", "v"), _wkv4, _wkv4_state),
+    OpCase("wkv6", "wkv6", ("r", "log_w", "k", "v"), _wkv6("BTHK"), lambda draw, n: draw(n, 2, 4, 3), chunk=64),
+    OpCase("wkv6-constant", "wkv6", ("r", "k", "v"), _wkv6("HK"), lambda draw, n: draw(n, 2, 4, 3), chunk=64),
+    OpCase("wkv6-heads", "wkv6", ("r", "k", "v"), _wkv6("H", "H"), lambda draw, n: draw(n, 2, 4, 3), chunk=64),
     OpCase("wkv7", "wkv7", ("r", "log_w", "k", "v", "a", "b"), _wkv7, lambda draw, n: draw(n, 2, 4, 3)),
     OpCase("scan", "selective_scan", ("x", "dt", "B", "C"), _scan, lambda draw, n: draw(n, 6, 3)),
     OpCase(
