@@ -26,7 +26,8 @@ def hold(pairs: list[laws.Pair], forward: float = FORMS.forward, gradient: float
 
 
 def test_every_operator_has_a_row() -> None:
-    assert {case.op for case in CASES} == set(ops.backends())
+    # bi_wkv has no state to obey these laws with; its own are in tests/ops/test_bi_wkv.py
+    assert {case.op for case in CASES} == set(ops.backends()) - {"bi_wkv"}
 
 
 @every_case

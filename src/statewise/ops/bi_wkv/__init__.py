@@ -1,4 +1,4 @@
-"""Bi-WKV: Vision-RWKV's average of values over a whole sequence, weighted by ``exp(key)`` and by distance on both sides.
+"""Bi-WKV: Vision-RWKV's average of values, weighted by ``exp(key)`` and by distance, on both sides of each token.
 
 Legend: B batch, T time, C channels.
 

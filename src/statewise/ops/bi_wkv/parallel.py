@@ -4,7 +4,8 @@ Legend: B batch, T time, n chunks, L positions of a chunk, C channels; a leading
 right, 1 right to left. In direction 1 the positions of a chunk are in reversed order, chunks are not.
 
 A sum is held as (num, den, shift), meaning ``num·e^shift`` and ``den·e^shift``, and sums are only ever added. As in
-``wkv4/parallel.py`` shifts are differentiated: where one token outweighs all others, only so is its gradient right.
+``wkv4/parallel.py`` shifts are differentiated: the gradient of a token that outweighs all others is what theirs leave,
+and with constant shifts it would be a difference of nearly equal numbers.
 
 Forward remembers its inputs only. Backward differentiates in the three steps the output is made of (sums of chunks,
 sums around chunks, outputs), the two large ones segment by segment: beyond gradients it needs the memory of one
@@ -23,7 +24,7 @@ from statewise.ops.segments import _recording
 __all__ = ["bi_wkv", "nothing"]
 
 _CHUNK = 16
-_SEGMENT = 32  # chunks
+_SEGMENT = 16  # chunks
 
 _Sum = tuple[Tensor, Tensor, Tensor]
 
@@ -33,13 +34,24 @@ def nothing(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 4
 
 
-def _chunked(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, T, C)`` → ``(B, n, L, C)``, filled up with tokens of no weight."""
-    batch, time, channels = k.shape
-    pad = (0, 0, 0, -time % _CHUNK)
-    keys = torch.nn.functional.pad(k, pad, value=nothing(k.dtype))
-    values = torch.nn.functional.pad(v, pad)
-    return keys.reshape(batch, -1, _CHUNK, channels), values.reshape(batch, -1, _CHUNK, channels)
+def _chunked(x: Tensor, fill: float = 0.0) -> Tensor:
+    """``(B, T, C)`` → ``(B, n, L, C)``, filled up at the end; a view where nothing is missing."""
+    batch, time, channels = x.shape
+    missing = -time % _CHUNK
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)
+    return x.reshape(batch, (time + missing) // _CHUNK, _CHUNK, channels)
+
+
+def _keys(k: Tensor) -> Tensor:
+    """Keys in chunks, the largest of each row and channel taken out: the average does not know it, and what is left
+    of keys that share a large offset is rounded far less."""
+    return _chunked(k - k.amax(1, keepdim=True), nothing(k.dtype))
+
+
+def _whole(x: Tensor, time: int) -> Tensor:
+    """``(B, n, L, C)`` → ``(B, T, C)``."""
+    return x.flatten(1, 2)[:, :time].contiguous()
 
 
 def _both_ways(x: Tensor) -> Tensor:
@@ -106,16 +118,15 @@ def _all_sums(k: Tensor, v: Tensor, log_w: Tensor) -> _Sum:
 @torch.library.custom_op("statewise::bi_wkv", mutates_args=())
 def bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
     """All tokens of ``(B, T, C)``, T ≥ 1, all tensors of one dtype. First derivatives only."""
-    time = k.shape[1]
     # Accumulation is in the dtype of the arguments, whatever the caller's autocast would like.
     with torch.autocast(k.device.type, enabled=False):
-        keys, values = _chunked(k, v)
+        keys, values = _keys(k), _chunked(v)
         num, den, shift = _around(_all_sums(keys, values, log_w), log_w)
         parts = [
             _outputs(keys[:, s], values[:, s], (num[:, :, s], den[:, :, s], shift[:, :, s]), log_w, u)
             for s in _spans(keys)
         ]
-    return torch.cat(parts, 1).flatten(1, 2)[:, :time].clone(memory_format=torch.contiguous_format)
+    return _whole(torch.cat(parts, 1), k.shape[1])
 
 
 @bi_wkv.register_fake
@@ -124,15 +135,13 @@ def _(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("statewise::bi_wkv_backward", mutates_args=())
-def _backward(
-    grad_y: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad_y: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = k.device.type
     with torch.autocast(device, enabled=False):
-        keys, values = _chunked(k, v)
-        grads = torch.nn.functional.pad(grad_y, (0, 0, 0, -k.shape[1] % _CHUNK)).reshape(keys.shape)
+        keys, values, grads = _keys(k), _chunked(v), _chunked(grad_y)
         sums = [x.requires_grad_() for x in _all_sums(keys, values, log_w)]
-    d_keys, d_values, d_log_w, d_u = (torch.zeros_like(x) for x in (keys, values, log_w, u))
+    d_keys, d_values = keys.new_empty(keys.shape), keys.new_empty(keys.shape)
+    d_log_w, d_u = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (log_w, u))
     rate = log_w.detach().requires_grad_()
     with _recording(device):
         around = _around((sums[0], sums[1], sums[2]), rate)
@@ -158,8 +167,7 @@ def _backward(
             d_keys[:, span] += found[0]
             d_values[:, span] += found[1]
             d_log_w += found[2]
-    d_k, d_v = (x.flatten(1, 2)[:, : k.shape[1]].clone(memory_format=torch.contiguous_format) for x in (d_keys, d_values))
-    return d_k, d_v, d_log_w, d_u
+    return _whole(d_keys, k.shape[1]), _whole(d_values, k.shape[1]), d_log_w, d_u
 
 
 @_backward.register_fake
@@ -172,8 +180,8 @@ def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backward(grad_y, *ctx.saved_tensors)
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_backward(grad_y, *ctx.saved_tensors))
 
 
 bi_wkv.register_autograd(_differentiate, setup_context=_remember)

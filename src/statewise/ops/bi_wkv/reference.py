@@ -17,7 +17,7 @@ def bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
         between = ((places - t).abs() - 1)[:, None]  # tokens strictly between; -1 at t itself
         # neighbours are set apart because 0·(-inf) is NaN
         faded = torch.where(between > 0, between.clamp(min=1).to(k.dtype) * log_w, 0.0)
-        exponents = k + torch.where(between < 0, u, faded)
-        weights = torch.exp(exponents - torch.logsumexp(exponents, 1, keepdim=True))
+        # softmax: the exponentials over their sum, the largest exponent taken out
+        weights = torch.softmax(k + torch.where(between < 0, u, faded), 1)
         outputs.append((weights * v).sum(1))
     return torch.stack(outputs, 1)
