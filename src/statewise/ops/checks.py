@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "check_shapes", "check_state"]
+__all__ = ["accumulation_dtype", "activation_dtype", "check_shapes", "check_state"]
 
 
 def check_shapes(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
@@ -60,3 +60,8 @@ def check_state(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], devi
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any input is float64, float32 otherwise: the dtype of sums and states."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def activation_dtype(sums: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
+    """What a compiled kernel reads and writes: bfloat16 when all inputs are, the dtype of sums otherwise."""
+    return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tensors) else sums

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from statewise.ops.kernels import library
+
 __all__ = ["BACKENDS", "BackendStatus", "backends", "choose"]
 
 #: Fastest last: `None` takes the last one that serves.
 BACKENDS = ("reference", "torch", "native", "triton")
 
 _PLANNED = {
-    "native": "this release has no compiled CPU kernels",
+    "native": "this release has no compiled kernel for it",
     "triton": "this release has no Triton kernels",
 }
 
@@ -19,12 +23,15 @@ _PLANNED = {
 _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch"),
     "causal_conv1d": ("reference", "torch"),
-    "selective_scan": ("reference", "torch"),
+    "selective_scan": ("reference", "torch", "native"),
     "token_shift": ("reference", "torch"),
-    "wkv4": ("reference", "torch"),
+    "wkv4": ("reference", "torch", "native"),
     "wkv6": ("reference", "torch"),
-    "wkv7": ("reference", "torch"),
+    "wkv7": ("reference", "torch", "native"),
 }
+
+
+_CPU = torch.device("cpu")
 
 
 class BackendStatus(NamedTuple):
@@ -34,27 +41,32 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-def choose(op: str, requested: str | None) -> str:
-    """The backend that runs ``op``: the fastest that serves, or the one asked for.
+def _status(op: str, name: str, device: torch.device) -> BackendStatus:
+    if name not in _SERVED[op]:
+        return BackendStatus(False, _PLANNED[name])
+    if name == "native" and device.type != "cpu":
+        return BackendStatus(False, f"compiled kernels serve the CPU, not {device.type}")
+    if name == "native" and library().functions is None:
+        return BackendStatus(False, library().reason)
+    return BackendStatus(True, "")
+
+
+def choose(op: str, requested: str | None, device: torch.device = _CPU) -> str:
+    """The backend that runs ``op`` on ``device``: the fastest that serves, or the one asked for.
 
     Raises:
         ValueError: ``requested`` is unknown or cannot serve. Never falls back.
     """
     if requested is None:
-        return _SERVED[op][-1]
+        return next(name for name in reversed(_SERVED[op]) if _status(op, name, device).serves)
     if requested not in BACKENDS:
         raise ValueError(f"{op}: backend is {requested!r}; accepted are None, {', '.join(map(repr, BACKENDS))}")
-    if requested not in _SERVED[op]:
-        raise ValueError(f"{op}: backend {requested!r} cannot serve: {_PLANNED[requested]}")
+    status = _status(op, requested, device)
+    if not status.serves:
+        raise ValueError(f"{op}: backend {requested!r} cannot serve: {status.reason}")
     return requested
 
 
 def backends() -> dict[str, dict[str, BackendStatus]]:
     """Operator → backend → whether it serves on this machine and why not."""
-    return {
-        op: {
-            name: BackendStatus(True, "") if name in served else BackendStatus(False, _PLANNED[name])
-            for name in BACKENDS
-        }
-        for op, served in sorted(_SERVED.items())
-    }
+    return {op: {name: _status(op, name, _CPU) for name in BACKENDS} for op in sorted(_SERVED)}

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.selective_scan import parallel, reference
+from statewise.ops.selective_scan import native, parallel, reference
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
@@ -55,7 +56,7 @@ def selective_scan(
         state: h ``(batch, channels, N)`` to continue from; ``None`` means zeros.
         lengths: ``(batch,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, channels, N)``.
-        backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
 
     Returns:
         y ``(batch, T, channels)`` of x's dtype, and h after the last token, float32 (float64 if any input is float64).
@@ -65,13 +66,24 @@ def selective_scan(
     """
     batch, time, channels, N = _check("selective_scan", "batch T", x, dt, A, B, C, D, z, dt_bias)
     rows = check_ragged("selective_scan", lengths, cu_seqlens, batch, time, x.device)
-    form = reference if choose("selective_scan", backend) == "reference" else parallel
+    chosen = choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = _start("selective_scan", state, (rows, channels, N), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
     if B.dim() == 3:
         B, C = B[:, :, None], C[:, :, None]
+    if chosen == "native":
+        carried = activation_dtype(dtype, x, dt, B, C, z)
+        y, last = native.selective_scan(
+            [None if value is None else value.to(carried) for value in (x, dt, B, C, z)],
+            [None if value is None else value.to(dtype) for value in (A, D, dt_bias)],
+            dt_softplus,
+            begin,
+            spans(batch, time, lengths, cu_seqlens),
+        )
+        return y.to(x.dtype), last
+    form = reference if chosen == "reference" else parallel
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
         valid = None if counts is None else valid_steps(counts, inputs[0].shape[1])
@@ -109,7 +121,7 @@ def selective_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: no T axis anywhere, y ``(batch, channels)``. Otherwise as :func:`selective_scan`."""
     batch, _, channels, N = _check("selective_scan_step", "batch", x, dt, A, B, C, D, z, dt_bias)
-    choose("selective_scan", backend)
+    choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = _start("selective_scan_step", state, (batch, channels, N), x, dtype)
     if B.dim() == 2:

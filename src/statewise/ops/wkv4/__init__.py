@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.wkv4 import parallel, reference
+from statewise.ops.wkv4 import native, parallel, reference
 from statewise.state import WKV4State
 
 __all__ = ["wkv4", "wkv4_step"]
@@ -45,7 +46,7 @@ def wkv4(
         state: where to continue; ``None`` means nothing seen yet (zero sums, maximum -inf).
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
-        backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
 
     Returns:
         y ``(B, T, C)`` of v's dtype, and the state after the last token, float32 (float64 if any input is float64).
@@ -56,12 +57,17 @@ def wkv4(
     sizes = check_shapes("wkv4", k=(k, "B T C"), v=(v, "B T C"), log_w=(log_w, "C"), u=(u, "C"))
     batch, time = sizes["B"], sizes["T"]
     rows = check_ragged("wkv4", lengths, cu_seqlens, batch, time, k.device)
-    form = choose("wkv4", backend)
+    form = choose("wkv4", backend, k.device)
     dtype = accumulation_dtype(k, v, log_w, u)
     begin = _start("wkv4", state, rows, k, dtype)
     if time == 0:
         return torch.zeros_like(v), begin
     log_w, u = log_w.to(dtype), u.to(dtype)
+    if form == "native":
+        carried = activation_dtype(dtype, k, v)
+        where = spans(batch, time, lengths, cu_seqlens)
+        y, end = native.wkv4(k.to(carried), v.to(carried), log_w, u, begin, where)
+        return y.to(v.dtype), end
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, WKV4State]:
         keys, values = inputs
@@ -89,7 +95,7 @@ def wkv4_step(
 ) -> tuple[Tensor, WKV4State]:
     """One token: k, v ``(B, C)`` → y ``(B, C)`` and the state after it. Otherwise as :func:`wkv4`."""
     sizes = check_shapes("wkv4_step", k=(k, "B C"), v=(v, "B C"), log_w=(log_w, "C"), u=(u, "C"))
-    choose("wkv4", backend)
+    choose("wkv4", backend, k.device)
     dtype = accumulation_dtype(k, v, log_w, u)
     begin = _start("wkv4_step", state, sizes["B"], k, dtype)
     y, end = reference.step(k.to(dtype), v.to(dtype), log_w.to(dtype), u.to(dtype), begin)

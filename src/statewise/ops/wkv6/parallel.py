@@ -64,7 +64,8 @@ def _chunks(r: Tensor, decay: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Te
 def _cut(x: Tensor, length: int, padding: float) -> Tensor:
     """``(B, H, t, ·)`` → ``(B, H, n, L, ·)``."""
     pad = -x.shape[2] % length
-    x = torch.nn.functional.pad(x, (0, 0, 0, pad), value=padding)
+    if pad:  # by nothing would be a copy
+        x = torch.nn.functional.pad(x, (0, 0, 0, pad), value=padding)
     return x.reshape(*x.shape[:2], -1, length, x.shape[3])
 
 
@@ -86,9 +87,9 @@ def _weights(r: Tensor, decay: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Te
     return weights[:, :, :, 0], read[:, :, :, 0], learnt[:, :, :, 0], keep[:, :, :, 0, 0]
 
 
-def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(x: Tensor) -> tuple[Tensor, ...]:
     """The earlier and the later block of every pair."""
-    return x[:, :, :, 0::2], x[:, :, :, 1::2]
+    return x.unflatten(3, (-1, 2)).unbind(4)
 
 
 _wkv6 = register_segmented(

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.wkv7 import parallel, reference
+from statewise.ops.wkv7 import native, parallel, reference
 
 __all__ = ["wkv7", "wkv7_step"]
 
@@ -50,7 +51,7 @@ def wkv7(
         state: S ``(B, H, K, V)`` to continue from; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: outputs past a length are zero, the state is the one at the length.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, H, K, V)``.
-        backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
 
     Returns:
         y ``(B, T, H, V)`` of v's dtype, and S after the last token, float32 (float64 if any input is float64).
@@ -68,11 +69,16 @@ def wkv7(
         b=(b, "B T H K"),
     )
     rows = check_ragged("wkv7", lengths, cu_seqlens, sizes["B"], sizes["T"], r.device)
-    form = choose("wkv7", backend)
+    form = choose("wkv7", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, a, b)
     begin = _start("wkv7", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     if sizes["T"] == 0:
         return torch.zeros_like(v), begin
+    if form == "native":
+        carried = activation_dtype(dtype, r, log_w, k, v, a, b)
+        where = spans(sizes["B"], sizes["T"], lengths, cu_seqlens)
+        y, last = native.wkv7([x.to(carried) for x in (r, log_w, k, v, a, b)], begin, where)
+        return y.to(v.dtype), last
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
         valid = None if counts is None else valid_steps(counts, inputs[0].shape[1])
@@ -113,7 +119,7 @@ def wkv7_step(
         a=(a, "B H K"),
         b=(b, "B H K"),
     )
-    choose("wkv7", backend)
+    choose("wkv7", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, a, b)
     begin = _start("wkv7_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     y, end = reference.step([x.to(dtype) for x in (r, log_w, k, v, a, b)], begin)

@@ -1,0 +1,295 @@
+// Vectors of the width this build is compiled for, and the few functions of them that the kernels need.
+//
+// The kernels are compiled once per instruction set (see README.md); everything here has internal linkage, so that no
+// two builds can share a symbol. GCC's and Clang's portable vector extensions,
+// and one intrinsic that compilers do not find by themselves.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define STATEWISE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define STATEWISE_VECTOR_BYTES 32
+#else
+#define STATEWISE_VECTOR_BYTES 16
+#endif
+
+#define STATEWISE_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// A vector of T, the integers of the same size (also the masks), and how many there are.
+template <class T>
+struct Vectors;
+
+template <>
+struct Vectors<float> {
+    typedef float V __attribute__((vector_size(STATEWISE_VECTOR_BYTES)));
+    typedef int32_t I __attribute__((vector_size(STATEWISE_VECTOR_BYTES)));
+    static constexpr int lanes = STATEWISE_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Vectors<double> {
+    typedef double V __attribute__((vector_size(STATEWISE_VECTOR_BYTES)));
+    typedef int64_t I __attribute__((vector_size(STATEWISE_VECTOR_BYTES)));
+    static constexpr int lanes = STATEWISE_VECTOR_BYTES / 8;
+};
+
+template <class T>
+using Vec = typename Vectors<T>::V;
+template <class T>
+using Int = typename Vectors<T>::I;
+template <class T>
+constexpr int kLanes = Vectors<T>::lanes;
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+template <class T>
+STATEWISE_INLINE Vec<T> splat(T x) {
+    return Vec<T>{} + x;  // x + 0: exact, but for the sign of a zero
+}
+
+template <class To, class From>
+STATEWISE_INLINE To bits_of(From x) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+// ---- memory: rows may start anywhere, so every access is unaligned; the last vector of a row may be partial
+
+template <class T>
+STATEWISE_INLINE Vec<T> load(const T* p) {
+    Vec<T> x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+typedef uint16_t u16x __attribute__((vector_size(STATEWISE_VECTOR_BYTES / 2)));
+typedef uint32_t u32x __attribute__((vector_size(STATEWISE_VECTOR_BYTES)));
+
+template <class T>
+STATEWISE_INLINE Vec<T> load(const bf16* p) {
+    static_assert(std::is_same<T, float>::value, "bfloat16 is computed in float32");
+    u16x half;
+    std::memcpy(&half, p, sizeof half);
+    return bits_of<Vec<float>>(__builtin_convertvector(half, u32x) << 16);
+}
+
+template <class T>
+STATEWISE_INLINE void store(T* p, Vec<T> x) {
+    std::memcpy(p, &x, sizeof x);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+template <class T>
+STATEWISE_INLINE void store(bf16* p, Vec<T> x) {
+    u32x bits = bits_of<u32x>(x);
+    u32x rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    u32x quiet = (bits >> 16) | 0x40u;
+    Int<float> number = x == x;
+    rounded = number ? rounded : quiet;
+    u16x half = __builtin_convertvector(rounded, u16x);
+    std::memcpy(p, &half, sizeof half);
+}
+
+// The first n lanes; the others read as zero and are not written.
+template <class T, class E>
+STATEWISE_INLINE Vec<T> load(const E* p, int64_t n) {
+    if (__builtin_expect(n >= kLanes<T>, 1)) return load<T>(p);
+    E whole[kLanes<T>] = {};
+    for (int64_t i = 0; i < n; ++i) whole[i] = p[i];
+    return load<T>(whole);
+}
+
+template <class T, class E>
+STATEWISE_INLINE void store(E* p, Vec<T> x, int64_t n) {
+    if (__builtin_expect(n >= kLanes<T>, 1)) return store<T>(p, x);
+    E whole[kLanes<T>];
+    store<T>(whole, x);
+    for (int64_t i = 0; i < n; ++i) p[i] = whole[i];
+}
+
+template <class T>
+STATEWISE_INLINE T scalar(T x) {
+    return x;
+}
+STATEWISE_INLINE float scalar(bf16 x) { return bits_of<float>(uint32_t(x.bits) << 16); }
+
+// ---- arithmetic
+
+// Where x is NaN, x: a NaN that came in goes out.
+template <class T>
+STATEWISE_INLINE Vec<T> at_least(Vec<T> x, Vec<T> least) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<T, float>::value) return Vec<T>(_mm512_maskz_max_ps(-1, __m512(least), __m512(x)));
+    if constexpr (std::is_same<T, double>::value) return Vec<T>(_mm512_maskz_max_pd(-1, __m512d(least), __m512d(x)));
+#elif defined(__AVX2__)
+    if constexpr (std::is_same<T, float>::value) return Vec<T>(_mm256_max_ps(__m256(least), __m256(x)));
+    if constexpr (std::is_same<T, double>::value) return Vec<T>(_mm256_max_pd(__m256d(least), __m256d(x)));
+#endif
+    return x < least ? least : x;
+}
+
+template <class T>
+STATEWISE_INLINE Vec<T> at_most(Vec<T> x, Vec<T> most) {
+    return -at_least<T>(-x, -most);
+}
+
+template <class T>
+struct Float;
+
+template <>
+struct Float<float> {
+    static constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+    static constexpr int exponent_bits = 23;
+    static constexpr int32_t bias = 127;
+};
+
+template <>
+struct Float<double> {
+    static constexpr double to_integer = 6755399441055744.0;
+    static constexpr int exponent_bits = 52;
+    static constexpr int64_t bias = 1023;
+};
+
+template <class T>
+constexpr T kLog2E = T(1.4426950408889634074);
+template <class T>
+constexpr T kLn2 = T(0.69314718055994530942);
+
+// To the nearest integer; |x| below 2^22.
+template <class T>
+STATEWISE_INLINE Vec<T> nearest(Vec<T> x) {
+    return (x + Float<T>::to_integer) - Float<T>::to_integer;
+}
+
+// 2^n of an integer-valued n ≤ 127 (1023); 0 from -127 (-1023) down.
+template <class T>
+STATEWISE_INLINE Vec<T> power_of_two(Vec<T> n) {
+    n = at_least<T>(n, splat<T>(T(-Float<T>::bias)));
+    Int<T> whole = bits_of<Int<T>>(n + Float<T>::to_integer);  // the low bits hold n
+    return bits_of<Vec<T>>((whole + Float<T>::bias) << Float<T>::exponent_bits);
+}
+
+// 2^f for |f| ≤ 1/2, as 1 + f·q(f), so that it is exact at 0: decays near one must not drift. q is a minimax fit of
+// our own in float32 (relative error 2.0e-9), Taylor's series in float64 (4e-18).
+STATEWISE_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+    Vec<float> q = f * 0.00015353360504377633f + 0.0013398875016719103f;
+    q = q * f + 0.00961843691766262f;
+    q = q * f + 0.055503323674201965f;
+    q = q * f + 0.24022647738456726f;
+    q = q * f + 0.6931471824645996f;
+    return q * f + 1.0f;
+}
+
+STATEWISE_INLINE Vec<double> exp2_fraction(Vec<double> f) {
+    Vec<double> x = f * kLn2<double>;
+    Vec<double> q = x * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+    q = q * x + 1.0 / 39916800.0;
+    q = q * x + 1.0 / 3628800.0;
+    q = q * x + 1.0 / 362880.0;
+    q = q * x + 1.0 / 40320.0;
+    q = q * x + 1.0 / 5040.0;
+    q = q * x + 1.0 / 720.0;
+    q = q * x + 1.0 / 120.0;
+    q = q * x + 1.0 / 24.0;
+    q = q * x + 1.0 / 6.0;
+    q = q * x + 0.5;
+    q = q * x + 1.0;
+    return q * x + 1.0;
+}
+
+// 2^x for any x below 127.5 (1023.5). From -126 (-1022) down, as for -inf, the least normal number or just below it:
+// what multiplies it is gone all the same.
+template <class T>
+STATEWISE_INLINE Vec<T> exp2(Vec<T> x) {
+    x = at_least<T>(x, splat<T>(T(1 - Float<T>::bias)));
+    Vec<T> whole = x + Float<T>::to_integer;
+    Vec<T> fraction = x - (whole - Float<T>::to_integer);
+    // An integer addition to the exponent, as multiplications are what these kernels are short of.
+    return bits_of<Vec<T>>(bits_of<Int<T>>(exp2_fraction(fraction)) + (bits_of<Int<T>>(whole) << Float<T>::exponent_bits));
+}
+
+template <class T>
+STATEWISE_INLINE Vec<T> exp(Vec<T> x) {
+    return exp2<T>(x * kLog2E<T>);
+}
+
+// Where it lies between 0 and 1 whatever x is; a NaN stays one.
+template <class T>
+STATEWISE_INLINE Vec<T> sigmoid(Vec<T> x) {
+    return T(1) / (T(1) + exp2<T>(at_most<T>(x * -kLog2E<T>, splat<T>(T(Float<T>::bias - 1)))));
+}
+
+// ln(1 + e^x), and x itself above 20, as torch has it. With e = e^-|x|, ln(1 + e) is twice the area tangent of
+// e / (2 + e), at most 1/3, whose series needs 7 terms (float64: 17) and keeps its digits where e is tiny.
+template <class T>
+STATEWISE_INLINE Vec<T> softplus(Vec<T> x) {
+    constexpr int terms = std::is_same<T, float>::value ? 7 : 17;
+    Vec<T> minus = x < 0 ? x : -x, e = exp<T>(minus), f = e / (e + T(2)), square = f * f;
+    Vec<T> series = splat<T>(T(1) / T(2 * terms + 1));
+    for (int i = terms - 1; i >= 0; --i) series = series * square + T(1) / T(2 * i + 1);
+    Vec<T> value = (x - minus) * T(0.5) + f * series * T(2);  // (x + |x|) / 2 = max(x, 0)
+    return x > T(20) ? x : value;
+}
+
+template <class T, int... At>
+STATEWISE_INLINE Int<T> lane_index(std::integer_sequence<int, At...>) {
+    return Int<T>{At...};
+}
+
+template <class T, int... At>
+STATEWISE_INLINE Vec<T> swap_lanes(Vec<T> x, int step, std::integer_sequence<int, At...>) {
+    return __builtin_shuffle(x, Int<T>{(At ^ step)...});
+}
+
+// The sums over the lanes of two vectors, by halves that add to each other: always in the same order.
+template <class T>
+STATEWISE_INLINE void sum2(Vec<T> x, Vec<T> y, T& sum_x, T& sum_y) {
+    constexpr int half = kLanes<T> / 2;
+    constexpr auto all = std::make_integer_sequence<int, kLanes<T>>{};
+    Vec<T> folded_x = x + swap_lanes<T>(x, half, all), folded_y = y + swap_lanes<T>(y, half, all);
+    Int<T> index = lane_index<T>(all);
+    Vec<T> both = index < half ? folded_x : folded_y;
+    for (int step = half / 2; step > 0; step /= 2) both += swap_lanes<T>(both, step, all);
+    sum_x = both[0];
+    sum_y = both[half];
+}
+
+// ---- scratch: a thread's own memory, aligned and padded to whole vectors
+
+template <class T>
+class Scratch {
+  public:
+    explicit Scratch(int64_t count)
+        : data_(static_cast<T*>(::operator new(size_t(round_up(count, 64)) * sizeof(T), std::align_val_t(64)))) {
+        std::memset(static_cast<void*>(data_), 0, size_t(round_up(count, 64)) * sizeof(T));
+    }
+    ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    operator T*() { return data_; }
+    operator const T*() const { return data_; }
+
+  private:
+    T* data_;
+};
+
+}  // namespace
