@@ -8,8 +8,8 @@ Legend: B batch, T time, H heads, K key rows, V value columns, n packed sequence
 A token reads what was there before it, and itself with the bonus u. RWKV-6: log_w = -exp(w_raw) anew for each token.
 RWKV-5: one log_w for all tokens, per head and key row (5.2) or per head (5.0, 5.1).
 
-Source: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", eq. 5-7 and 18-19.
-The published kernels keep S as (V, K).
+Source: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", where RWKV-5 is Eagle
+and RWKV-6 Finch. The published kernels keep S as (V, K).
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def wkv6_step(
     choose("wkv6", backend)
     dtype = accumulation_dtype(r, log_w, k, v, u)
     begin = _start("wkv6_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
-    log_w, u = (_rows_of_heads(x, sizes["K"]) for x in (log_w, u))
-    y, end = reference.step(*[x.to(dtype) for x in (r, log_w, k, v, u)], begin)
+    decay, bonus = (_rows_of_heads(x, sizes["K"]).to(dtype) for x in (log_w, u))
+    y, end = reference.step(r.to(dtype), decay, k.to(dtype), v.to(dtype), bonus, begin)
     return y.to(v.dtype), end
 
 

@@ -89,7 +89,7 @@ def _weights(r: Tensor, decay: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Te
 
 def _pairs(x: Tensor) -> tuple[Tensor, ...]:
     """The earlier and the later block of every pair."""
-    return x.unflatten(3, (-1, 2)).unbind(4)
+    return x.reshape(*x.shape[:3], -1, 2, *x.shape[4:]).unbind(4)
 
 
 _wkv6 = register_segmented(
