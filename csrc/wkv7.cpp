@@ -92,6 +92,11 @@ void forward_columns(
     for (int64_t i = 0; i < K; ++i)
         for (int64_t j = 0; j < columns; j += lanes)
             store<T>(end + i * V + column + j, load<T>(S + i * width + j), columns - j);
+    if (kept && span.count % kEvery) {  // nothing returned is left to chance
+        Kept<T> slot{kept + span.count / kEvery * shape.H * Kept<T>::size(shape)};
+        for (int64_t t = span.count % kEvery; t < kEvery; ++t)
+            std::fill_n(slot.found(shape) + t * V + column, columns, T(0));
+    }
 }
 
 template <class IO, class T>

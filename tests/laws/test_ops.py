@@ -16,7 +16,21 @@ from statewise.testing.cases import CASES, OpCase
 from statewise.testing.tolerances import FORMS, bound
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-both_backends = pytest.mark.parametrize("backend", ["reference", "torch"])
+
+
+def forms(*, without: tuple[str, ...] = ()) -> Any:
+    """Every row with every backend that serves it here."""
+    pairs = [
+        (case, name)
+        for case in CASES
+        for name, status in ops.backends()[case.op].items()
+        if status.serves and name not in without
+    ]
+    return pytest.mark.parametrize(("case", "backend"), pairs, ids=[f"{case.id}-{name}" for case, name in pairs])
+
+
+every_form = forms()
+every_fast_form = forms(without=("reference",))
 
 
 def hold(pairs: list[laws.Pair], forward: float = FORMS.forward, gradient: float = FORMS.gradient) -> None:
@@ -30,22 +44,22 @@ def test_every_operator_has_a_row() -> None:
     assert {case.op for case in CASES} == set(ops.backends()) - {"bi_wkv"}
 
 
-@every_case
+@every_fast_form
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 33, 70])
 @pytest.mark.parametrize("start", ["none", "given"])
-def test_parallel_is_reference(case: OpCase, time: int, start: str) -> None:
-    hold(laws.forms(case, case.inputs(2, time), None if start == "none" else case.begin(2)))
+def test_fast_is_reference(case: OpCase, backend: str, time: int, start: str) -> None:
+    hold(laws.forms(case, case.inputs(2, time), None if start == "none" else case.begin(2), backend))
 
 
-@every_case
-def test_parallel_is_reference_beyond_a_segment(case: OpCase) -> None:
-    hold(laws.forms(case, case.inputs(1, 1200), case.begin(1)))
+@every_fast_form
+def test_fast_is_reference_beyond_a_segment(case: OpCase, backend: str) -> None:
+    hold(laws.forms(case, case.inputs(1, 1200), case.begin(1), backend))
 
 
-@every_case
+@every_form
 @pytest.mark.parametrize("start", ["none", "given"])
-def test_steps_are_the_whole(case: OpCase, start: str) -> None:
-    hold(laws.stepping(case, case.inputs(2, 37), None if start == "none" else case.begin(2)))
+def test_steps_are_the_whole(case: OpCase, backend: str, start: str) -> None:
+    hold(laws.stepping(case, case.inputs(2, 37), None if start == "none" else case.begin(2), backend=backend))
 
 
 def cuts(length: int, chunk: int) -> list[list[int]]:
@@ -58,20 +72,18 @@ def cuts(length: int, chunk: int) -> list[list[int]]:
     return [[cut, length - cut] for cut in single] + several
 
 
-@every_case
-@both_backends
+@every_form
 @pytest.mark.parametrize("pieces", cuts(41, 16), ids=str)
 def test_pieces_are_the_whole(case: OpCase, backend: str, pieces: list[int]) -> None:
     hold(laws.splitting(case, case.inputs(2, 41), case.begin(2), pieces, backend=backend))
 
 
-@every_case
-def test_pieces_from_nothing_mixed_with_steps(case: OpCase) -> None:
-    hold(laws.splitting(case, case.inputs(2, 41), None, [5, -1, -1, 0, 20, -1, 13]))
+@every_form
+def test_pieces_from_nothing_mixed_with_steps(case: OpCase, backend: str) -> None:
+    hold(laws.splitting(case, case.inputs(2, 41), None, [5, -1, -1, 0, 20, -1, 13], backend=backend))
 
 
-@every_case
-@both_backends
+@every_form
 @pytest.mark.parametrize("start", ["none", "given"])
 @pytest.mark.parametrize("lengths", [[0, 1, 40], [17, 40, 16], [2, 15, 3]], ids=str)
 def test_padded_is_alone(case: OpCase, backend: str, start: str, lengths: list[int]) -> None:
@@ -79,8 +91,7 @@ def test_padded_is_alone(case: OpCase, backend: str, start: str, lengths: list[i
     hold(laws.padding(case, case.inputs(3, 40), state, lengths, backend=backend))
 
 
-@every_case
-@both_backends
+@every_form
 @pytest.mark.parametrize("start", ["none", "given"])
 @pytest.mark.parametrize("sizes", [[40], [0, 17, 1, 0, 20, 2, 0], [16, 16, 8], [1] * 40], ids=str)
 def test_packed_is_separate(case: OpCase, backend: str, start: str, sizes: list[int]) -> None:
@@ -88,8 +99,7 @@ def test_packed_is_separate(case: OpCase, backend: str, start: str, sizes: list[
     hold(laws.packing(case, case.inputs(1, 40), state, sizes, backend=backend))
 
 
-@every_case
-@both_backends
+@every_form
 def test_packing_nothing(case: OpCase, backend: str) -> None:
     inputs = case.inputs(1, 0)
     state = case.begin(2)
@@ -101,8 +111,7 @@ def test_packing_nothing(case: OpCase, backend: str) -> None:
     assert all(leaf.shape[0] == 0 for leaf in laws.leaves_of(none))
 
 
-@every_case
-@both_backends
+@every_form
 def test_no_time_changes_nothing(case: OpCase, backend: str) -> None:
     state = case.begin(2)
     y, end = case.call(case.inputs(2, 0), state, backend=backend)
@@ -112,13 +121,13 @@ def test_no_time_changes_nothing(case: OpCase, backend: str) -> None:
         assert torch.equal(before, after)
 
 
-@every_case
-def test_a_row_cannot_see_another(case: OpCase) -> None:
+@every_form
+def test_a_row_cannot_see_another(case: OpCase, backend: str) -> None:
     inputs, state = case.inputs(3, 40), case.begin(3)
     order = torch.tensor([2, 0, 1])
-    y, end = case.call(inputs, state)
+    y, end = case.call(inputs, state, backend=backend)
     moved = {name: x[order] if name in case.time else x for name, x in inputs.items()}
-    y_moved, end_moved = case.call(moved, tree_map(lambda leaf: leaf[order], state))
+    y_moved, end_moved = case.call(moved, tree_map(lambda leaf: leaf[order], state), backend=backend)
     hold([laws.Pair("y", y_moved, y[order], 1.0)])
     for one, other in zip(laws.leaves_of(end_moved), laws.leaves_of(end), strict=True):
         hold([laws.Pair("state", one, other[order], 1.0)])
@@ -126,14 +135,13 @@ def test_a_row_cannot_see_another(case: OpCase) -> None:
     poisoned = {name: x.clone() if name in case.time else x for name, x in inputs.items()}
     for name in case.time:
         poisoned[name][1] = torch.nan
-    y_beside, end_beside = case.call(poisoned, state)
+    y_beside, end_beside = case.call(poisoned, state, backend=backend)
     assert torch.equal(y_beside[[0, 2]], y[[0, 2]])
     for one, other in zip(laws.leaves_of(end_beside), laws.leaves_of(end), strict=True):
         assert torch.equal(one[[0, 2]], other[[0, 2]])
 
 
-@every_case
-@both_backends
+@every_form
 @pytest.mark.parametrize("how", ["dense", "lengths", "packed"])
 def test_nothing_given_is_changed_and_every_run_is_the_same(case: OpCase, backend: str, how: str) -> None:
     rows = 2 if how == "packed" else 3
@@ -170,18 +178,17 @@ def test_a_step_changes_nothing_given(case: OpCase) -> None:
         assert torch.equal(tensor, copy)
 
 
-@every_case
-def test_none_is_the_documented_start(case: OpCase) -> None:
+@every_form
+def test_none_is_the_documented_start(case: OpCase, backend: str) -> None:
     inputs = case.inputs(2, 20)
     _, start = case.call({name: x[:, :0] if name in case.time else x for name, x in inputs.items()})
-    one, other = laws.run(case, inputs, None), laws.run(case, inputs, start)
+    one, other = (laws.run(case, inputs, begin, backend=backend) for begin in (None, start))
     assert torch.equal(one.y, other.y)
     for a, b in zip(one.state, other.state, strict=True):
         assert torch.equal(a, b)
 
 
-@every_case
-@both_backends
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precision_is_near_the_truth(case: OpCase, backend: str, dtype: torch.dtype) -> None:
     # Parameters stay float32 beside half activations, as the contract allows.
@@ -200,8 +207,8 @@ def test_lower_precision_is_near_the_truth(case: OpCase, backend: str, dtype: to
     hold(pairs, limits.forward, limits.gradient)
 
 
-@every_case
-def test_gradcheck_through_inputs_and_state(case: OpCase) -> None:
+@every_fast_form
+def test_gradcheck_through_inputs_and_state(case: OpCase, backend: str) -> None:
     inputs, state = case.inputs(1, 5), case.begin(1)
     names = list(inputs)
     flat, spec = tree_flatten(state)
@@ -209,7 +216,7 @@ def test_gradcheck_through_inputs_and_state(case: OpCase) -> None:
     def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(names, tensors, strict=False))
         leaves = list(tensors[len(names) :])
-        y, end = case.call(named, torch.utils._pytree.tree_unflatten(leaves, spec), backend="torch")
+        y, end = case.call(named, torch.utils._pytree.tree_unflatten(leaves, spec), backend=backend)
         return (y, *laws.leaves_of(end))
 
     arguments = [tensor.clone().requires_grad_() for tensor in [*inputs.values(), *flat]]
@@ -227,31 +234,34 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[torch.Tensor, ...]]] = []
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "statewise":
-            self.calls.append((function, tuple(x.detach().clone() for x in args)))
+            self.calls.append((function, tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)))
         return function(*args, **(kwargs or {}))
 
 
-@every_case
-def test_registered_operators_pass_opcheck(case: OpCase) -> None:
+@every_fast_form
+def test_registered_operators_pass_opcheck(case: OpCase, backend: str) -> None:
     recorder = _Recorder()
     inputs = {name: x.requires_grad_() for name, x in case.inputs(2, 20).items()}
     with recorder:
-        y, _ = case.call(inputs, case.begin(2), backend="torch")
+        y, _ = case.call(inputs, case.begin(2), backend=backend)
         y.sum().backward()
-    if case.op in ("wkv4", "wkv7", "selective_scan"):
+    if backend == "native" or case.op not in ("token_shift", "causal_conv1d"):  # plain torch, traced as it is
         assert len(recorder.calls) == 2, "forward and backward are one operator each"
     for function, arguments in recorder.calls:
-        backward = str(function).endswith("_backward.default")
-        torch.library.opcheck(function, tuple(x if backward else x.requires_grad_() for x in arguments))
+        if not str(function).endswith("_backward.default"):
+            for x in arguments:
+                if isinstance(x, torch.Tensor) and x.is_floating_point():
+                    x.requires_grad_()
+        torch.library.opcheck(function, arguments)
 
 
 @pytest.mark.long
-@every_case
-def test_compiles_whole_and_exports_its_step(case: OpCase) -> None:
+@every_fast_form
+def test_compiles_whole_and_exports_its_step(case: OpCase, backend: str) -> None:
     inputs, state = case.inputs(2, 40, torch.float32), case.begin(2, torch.float32)
     names = list(inputs)
 
@@ -260,7 +270,7 @@ def test_compiles_whole_and_exports_its_step(case: OpCase) -> None:
             return case.step(dict(zip(names, tensors, strict=True)), state)
 
     def whole(tensors: list[torch.Tensor], state: Any, lengths: torch.Tensor | None) -> Any:
-        return case.call(dict(zip(names, tensors, strict=True)), state, lengths=lengths)
+        return case.call(dict(zip(names, tensors, strict=True)), state, lengths=lengths, backend=backend)
 
     torch._dynamo.reset()
     compiled = torch.compile(whole, fullgraph=True)
@@ -299,9 +309,10 @@ def test_one_kind_of_raggedness_at_a_time(case: OpCase) -> None:
 @every_case
 def test_a_backend_that_cannot_serve_says_so(case: OpCase) -> None:
     inputs = case.inputs(1, 4)
-    for name in ("native", "triton"):
-        with pytest.raises(ValueError, match="cannot serve"):
-            case.call(inputs, backend=name)
+    for name, status in ops.backends()[case.op].items():
+        if not status.serves:
+            with pytest.raises(ValueError, match="cannot serve"):
+                case.call(inputs, backend=name)
     with pytest.raises(ValueError, match="accepted are"):
         case.call(inputs, backend="cuda")
 

@@ -147,6 +147,14 @@ def register_kernels(
     def slots(tokens: int, rows: int) -> int:
         return tokens // every + rows
 
+    def clear_unused(states: Tensor, where: Tensor) -> None:
+        """A slot that no sequence needs holds zeros: what an operator returns is never left to chance."""
+        first = where[:, 0] // every + torch.arange(where.shape[0])
+        last = first + (where[:, 1] + every - 1) // every
+        index = torch.arange(states.shape[0])
+        owner = torch.searchsorted(first, index, right=True) - 1
+        states[index >= last[owner]] = 0
+
     results = ", ".join(["Tensor"] * (2 + n_state))
 
     @torch.library.custom_op(
@@ -164,6 +172,8 @@ def register_kernels(
         shape = kept(slots(model.shape[0], where.shape[0]), leaves)
         states = leaves[0].new_empty(shape if keep else (0,))
         where = where.contiguous()
+        if keep and where.shape[0]:
+            clear_unused(states, where)
         _call(
             f"{function}_forward",
             _CODES[model.dtype],

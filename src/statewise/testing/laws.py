@@ -123,17 +123,17 @@ def _scale(tensors: Sequence[Tensor]) -> float:
     return max((float(t.max()) for t in finite if t.numel()), default=0.0)
 
 
-def forms(case: OpCase, inputs: Mapping[str, Tensor], state: Any, **how: Any) -> list[Pair]:
-    """parallel = reference."""
+def forms(case: OpCase, inputs: Mapping[str, Tensor], state: Any, backend: str, **how: Any) -> list[Pair]:
+    """A fast backend = reference."""
     return compare(
-        run(case, inputs, state, backend="torch", **how), run(case, inputs, state, backend="reference", **how), "forms"
+        run(case, inputs, state, backend=backend, **how), run(case, inputs, state, backend="reference", **how), backend
     )
 
 
-def stepping(case: OpCase, inputs: Mapping[str, Tensor], state: Any) -> list[Pair]:
+def stepping(case: OpCase, inputs: Mapping[str, Tensor], state: Any, **how: Any) -> list[Pair]:
     """Step by step = whole."""
     time = inputs[case.time[0]].shape[1]
-    return compare(run(case, inputs, state, [-1] * time), run(case, inputs, state), "steps")
+    return compare(run(case, inputs, state, [-1] * time, **how), run(case, inputs, state, **how), "steps")
 
 
 def splitting(case: OpCase, inputs: Mapping[str, Tensor], state: Any, pieces: Sequence[int], **how: Any) -> list[Pair]:
