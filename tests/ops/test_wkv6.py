@@ -228,6 +228,14 @@ def test_dtypes_and_inputs_untouched() -> None:
     assert torch.equal(end, state)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind: str) -> None:
+    inputs, state = make(kind, 0)
+    y, end, *gradients = run(inputs, state, backend="torch")
+    assert (y.shape, end.shape) == ((0, 37, 2, 5), (0, 2, 8, 5))
+    assert all(float(gradient.abs().sum()) == 0 for gradient in gradients)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

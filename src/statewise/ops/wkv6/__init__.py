@@ -8,8 +8,8 @@ Legend: B batch, T time, H heads, K key rows, V value columns, n packed sequence
 A token reads what was there before it, and itself with the bonus u. RWKV-6: log_w = -exp(w_raw) anew for each token.
 RWKV-5: one log_w for all tokens, per head and key row (5.2) or per head (5.0, 5.1).
 
-Source: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", where RWKV-5 is Eagle
-and RWKV-6 Finch. The published kernels keep S as (V, K).
+Source: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
+(Eagle is RWKV-5, Finch RWKV-6). The published kernels keep S as (V, K).
 """
 
 from __future__ import annotations

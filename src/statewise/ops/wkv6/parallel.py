@@ -66,7 +66,7 @@ def _cut(x: Tensor, length: int, padding: float) -> Tensor:
     pad = -x.shape[2] % length
     if pad:  # by nothing would be a copy
         x = torch.nn.functional.pad(x, (0, 0, 0, pad), value=padding)
-    return x.reshape(*x.shape[:2], -1, length, x.shape[3])
+    return x.reshape(*x.shape[:2], x.shape[2] // length, length, x.shape[3])
 
 
 def _weights(r: Tensor, decay: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,7 +89,7 @@ def _weights(r: Tensor, decay: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Te
 
 def _pairs(x: Tensor) -> tuple[Tensor, ...]:
     """The earlier and the later block of every pair."""
-    return x.reshape(*x.shape[:3], -1, 2, *x.shape[4:]).unbind(4)
+    return x.reshape(*x.shape[:3], x.shape[3] // 2, 2, *x.shape[4:]).unbind(4)
 
 
 _wkv6 = register_segmented(
