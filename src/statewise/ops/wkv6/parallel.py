@@ -33,25 +33,30 @@ def _constant(
     r, k, v = (x.transpose(1, 2) for x in inputs)
     log_w, u = parameters
     (now,) = leaves
-    # Chunks that are full share one decay; what is left over is a chunk of its own.
-    full = r.shape[2] // _CHUNK * _CHUNK
     decay = torch.exp(log_w)[None, :, None]  # (1, H, 1, K)
+    # All positions of full chunks share one decay. What is left over is a chunk of its own, for its padding forgets
+    # nothing.
+    full = r.shape[2] // _CHUNK * _CHUNK
+    rest = r.shape[2] - full
     parts = []
-    for span in (slice(0, full), slice(full, None)):
-        if r[:, :, span].shape[2]:
-            size = min(_CHUNK, r[:, :, span].shape[2])
-            y, now = _chunks(r[:, :, span], decay.expand(-1, -1, size, -1), k[:, :, span], v[:, :, span], u, now)
-            parts.append(y)
+    if full:
+        y, now = _chunks(r[:, :, :full], decay, k[:, :, :full], v[:, :, :full], u, now)
+        parts.append(y)
+    if rest:
+        y, now = _chunks(r[:, :, full:], decay.expand(-1, -1, rest, -1), k[:, :, full:], v[:, :, full:], u, now)
+        parts.append(y)
     return torch.cat(parts, 2).transpose(1, 2), [now]
 
 
 def _chunks(r: Tensor, decay: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens of ``(B, H, t, ·)``; decay likewise, or ``(1, H, L, K)`` of one chunk that all chunks share."""
+    """All tokens of ``(B, H, t, ·)``; decay likewise, or of one chunk ``(1, H, t, K)``, or of every token ``(1, H, 1, K)``."""
     time = r.shape[2]
     length = min(_CHUNK, 1 << (time - 1).bit_length())
     # Padding tokens forget nothing (a decay of one) and add nothing.
     r, k, v = (_cut(x, length, 0.0) for x in (r, k, v))  # (B, H, n, L, K or V)
-    weights, read, learnt, keep = _weights(r, _cut(decay, length, 1.0), k, u)
+    weights, read, learnt, keep = _weights(
+        r, decay[:, :, None] if decay.shape[2] == 1 else _cut(decay, length, 1.0), k, u
+    )
     added = learnt.transpose(3, 4) @ v
     now, starts = state, []
     for kept, new in zip(keep.expand(-1, -1, v.shape[2], -1).unbind(2), added.unbind(2), strict=True):
@@ -80,7 +85,8 @@ def _weights(r: Tensor, decay: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Te
     read, learnt, keep = r[..., None, :], k[..., None, :], decay[..., None, :]  # (B, H, n, blocks, size, K)
     weights = (r * u[:, None, None] * k).sum(4)[..., None, None]  # (B, H, n, blocks, size, size)
     while read.shape[3] > 1:
-        (r0, r1), (k0, k1), (d0, d1), (w0, w1) = map(_pairs, (read, learnt, keep, weights))
+        (r0, r1), (k0, k1), (w0, w1) = map(_pairs, (read, learnt, weights))
+        d0, d1 = _pairs(keep) if keep.shape[3] > 1 else (keep, keep)
         across = r1 @ k0.transpose(4, 5)
         weights = torch.cat([torch.cat([w0, torch.zeros_like(w0)], 5), torch.cat([across, w1], 5)], 4)
         read, learnt, keep = torch.cat([r0, r1 * d0], 4), torch.cat([k0 * d1, k1], 4), d0 * d1
