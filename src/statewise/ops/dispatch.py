@@ -22,7 +22,7 @@ _PLANNED = {
 # `backend="torch"` must work everywhere.
 _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch"),
-    "causal_conv1d": ("reference", "torch"),
+    "causal_conv1d": ("reference", "torch", "native"),
     "selective_scan": ("reference", "torch", "native"),
     "token_shift": ("reference", "torch"),
     "wkv4": ("reference", "torch", "native"),

@@ -92,8 +92,8 @@ def register_kernels(
     state: Sequence[str],
     output: str,
     sizes: Callable[[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor]], Sequence[int]],
-    kept: Callable[[int, Sequence[Tensor]], tuple[int, ...]],
-    every: int,
+    kept: Callable[[int, Sequence[Tensor]], tuple[int, ...]] | None = None,
+    every: int = 1,
     optional: Sequence[str] = (),
     function: str | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
@@ -112,7 +112,7 @@ def register_kernels(
         state: names of state leaves ``(n, ...)``, of the dtype of sums.
         output: which of ``time`` has the shape of y.
         sizes: (inputs, parameters, state) → the sizes the kernel wants to know.
-        kept: (slots, state) → shape of what forward keeps for backward.
+        kept: (slots, state) → shape of what forward keeps for backward; ``None`` if that is nothing.
         every: tokens between kept states.
         optional: names of inputs and parameters that may be ``None``.
         function: NAME of the C functions, where two operators share them.
@@ -144,8 +144,10 @@ def register_kernels(
         make = torch.empty_like if whole else torch.zeros_like
         return make(x, memory_format=torch.contiguous_format)
 
-    def slots(tokens: int, rows: int) -> int:
-        return tokens // every + rows
+    def room(keep: bool, tokens: int, rows: int, leaves: Sequence[Tensor]) -> Tensor:
+        """For the states kept: every sequence has the slots it needs, and some have one more."""
+        shape = kept(tokens // every + rows, leaves) if kept is not None and keep else (0,)
+        return leaves[0].new_empty(shape)
 
     def clear_unused(states: Tensor, where: Tensor) -> None:
         """A slot that no sequence needs holds zeros: what an operator returns is never left to chance."""
@@ -169,10 +171,9 @@ def register_kernels(
         model = inputs[time.index(output)]
         y = blank_like(model, where, model.shape[0])
         ends = [torch.empty_like(leaf) for leaf in leaves]
-        shape = kept(slots(model.shape[0], where.shape[0]), leaves)
-        states = leaves[0].new_empty(shape if keep else (0,))
+        states = room(keep, model.shape[0], where.shape[0], leaves)
         where = where.contiguous()
-        if keep and where.shape[0]:
+        if states.numel():
             clear_unused(states, where)
         _call(
             f"{function}_forward",
@@ -181,7 +182,7 @@ def register_kernels(
             where.shape[0],
             *sizes(inputs, parameters, leaves),
             *map(_address, (*leaves, y, *ends)),
-            states.data_ptr() if keep else 0,
+            states.data_ptr() if states.numel() else 0,
             torch.get_num_threads(),
         )
         return (y, *ends, states)
@@ -193,8 +194,7 @@ def register_kernels(
         model = inputs[time.index(output)]
         y = torch.empty_like(model, memory_format=torch.contiguous_format)
         ends = [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
-        shape = kept(slots(model.shape[0], where.shape[0]), leaves)
-        return (y, *ends, leaves[0].new_empty(shape if keep else (0,)))
+        return (y, *ends, room(keep, model.shape[0], where.shape[0], leaves))
 
     derived = ", ".join(["Tensor"] * len(names))
     grads_in = ", ".join(f"Tensor grad_{n}" for n in ("y", *state))

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.causal_conv1d import parallel, reference
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.causal_conv1d import native, parallel, reference
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
@@ -44,7 +45,7 @@ def causal_conv1d(
             given to the convolution; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
-        backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
 
     Returns:
         y ``(B, T, C)`` of x's dtype, and the last W-1 samples, float32 (float64 if any input is float64).
@@ -55,12 +56,16 @@ def causal_conv1d(
     op = "causal_conv1d"
     batch, time, width = _check(op, x, "B T C", weight, bias, activation)
     rows = check_ragged(op, lengths, cu_seqlens, batch, time, x.device)
-    form = choose(op, backend)
+    form = choose(op, backend, x.device)
     dtype = accumulation_dtype(x, weight, bias)
     begin = _start(op, state, (rows, width - 1, x.shape[-1]), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if form == "native":
+        where = spans(batch, time, lengths, cu_seqlens)
+        y, end = native.causal_conv1d(x.to(activation_dtype(dtype, x)), weight, bias, activation, begin, where)
+        return y.to(x.dtype), end
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         (samples,), (window,) = inputs, leaves
@@ -92,7 +97,7 @@ def causal_conv1d_step(
     """One sample: x ``(B, C)`` → y ``(B, C)`` and the window after it. Otherwise as :func:`causal_conv1d`."""
     op = "causal_conv1d_step"
     batch, _, width = _check(op, x, "B C", weight, bias, activation)
-    choose("causal_conv1d", backend)
+    choose("causal_conv1d", backend, x.device)
     dtype = accumulation_dtype(x, weight, bias)
     window = _start(op, state, (batch, width - 1, x.shape[-1]), x, dtype)
     y, window = reference.step(
