@@ -34,8 +34,7 @@ def _constant(
     log_w, u = parameters
     (now,) = leaves
     decay = torch.exp(log_w)[None, :, None]  # (1, H, 1, K)
-    # All positions of full chunks share one decay. What is left over is a chunk of its own, for its padding forgets
-    # nothing.
+    # All positions of full chunks share one decay. What is left over is a chunk of its own: its padding has none.
     full = r.shape[2] // _CHUNK * _CHUNK
     rest = r.shape[2] - full
     parts = []
@@ -49,7 +48,8 @@ def _constant(
 
 
 def _chunks(r: Tensor, decay: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens of ``(B, H, t, ·)``; decay likewise, or of one chunk ``(1, H, t, K)``, or of every token ``(1, H, 1, K)``."""
+    """All tokens of ``(B, H, t, ·)``; decay likewise, or for all rows ``(1, H, t, K)``, or for all tokens too
+    ``(1, H, 1, K)`` if t is a multiple of the chunk."""
     time = r.shape[2]
     length = min(_CHUNK, 1 << (time - 1).bit_length())
     # Padding tokens forget nothing (a decay of one) and add nothing.
