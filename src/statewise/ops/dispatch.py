@@ -24,12 +24,16 @@ _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch"),
     "causal_conv1d": ("reference", "torch", "native"),
     "selective_scan": ("reference", "torch", "native"),
+    "token_mix": ("reference", "torch", "native"),
     "token_shift": ("reference", "torch"),
     "wkv4": ("reference", "torch", "native"),
     "wkv6": ("reference", "torch"),
     "wkv7": ("reference", "torch", "native"),
 }
 
+
+# Asked once, here, and not where an operator is called: torch.compile could not trace that.
+_NO_LIBRARY = library().reason
 
 _CPU = torch.device("cpu")
 
@@ -46,8 +50,8 @@ def _status(op: str, name: str, device: torch.device) -> BackendStatus:
         return BackendStatus(False, _PLANNED[name])
     if name == "native" and device.type != "cpu":
         return BackendStatus(False, f"compiled kernels serve the CPU, not {device.type}")
-    if name == "native" and library().functions is None:
-        return BackendStatus(False, library().reason)
+    if name == "native" and _NO_LIBRARY:
+        return BackendStatus(False, _NO_LIBRARY)
     return BackendStatus(True, "")
 
 

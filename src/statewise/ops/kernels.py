@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Library", "library", "register_kernels", "spans"]
+__all__ = ["Library", "blank_like", "call_kernel", "library", "register_kernels", "spans"]
 
 # What a kernel calls a dtype of activations (csrc/rows.h).
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -70,18 +70,40 @@ def spans(batch: int, time: int, lengths: Tensor | None, cu_seqlens: Tensor | No
     return torch.stack([starts, counts], 1)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def blank_like(x: Tensor, where: Tensor) -> Tensor:
+    """Room for a tensor like ``x`` ``(tokens, ...)``; zeros where no sequence covers it."""
+    whole = int(where[:, 1].sum()) == x.shape[0]
+    make = torch.empty_like if whole else torch.zeros_like
+    return make(x, memory_format=torch.contiguous_format)
 
 
-def _call(name: str, code: int, *arguments: int) -> None:
+Argument = Tensor | list[Tensor] | int | None
+
+
+def call_kernel(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
+    """Call a C function: the dtype of activations, then tensors as addresses (a list: the address of their addresses,
+    ``None``: 0) and numbers as they are, then the number of threads."""
     functions = library().functions
     assert functions is not None, "dispatch asked first"
+    tables = []  # kept until the call is over
+    numbers = [_CODES[dtype]]
+    for argument in arguments:
+        if argument is None:
+            numbers.append(0)
+        elif isinstance(argument, Tensor):
+            numbers.append(argument.data_ptr())
+        elif isinstance(argument, list):
+            table = (ctypes.c_int64 * len(argument))(*[tensor.data_ptr() for tensor in argument])
+            tables.append(table)
+            numbers.append(ctypes.addressof(table))
+        else:
+            numbers.append(argument)
+    numbers.append(torch.get_num_threads())
     function = getattr(functions, name)
     if function.argtypes is None:
-        function.argtypes = [ctypes.c_int64] * (1 + len(arguments))
-    if function(code, *arguments):
-        raise RuntimeError(f"{name} knows no dtype {code}")
+        function.argtypes = [ctypes.c_int64] * len(numbers)
+    if function(*numbers):
+        raise RuntimeError(f"{name} does not serve {dtype} with sizes {[a for a in arguments if isinstance(a, int)]}")
 
 
 def register_kernels(
@@ -138,12 +160,6 @@ def register_kernels(
     def contiguous(tensors: Sequence[Any]) -> list[Any]:
         return [None if x is None else x.contiguous() for x in tensors]
 
-    def blank_like(x: Tensor, where: Tensor, tokens: int) -> Tensor:
-        """Room for a tensor ``(tokens, ...)``; zeros where no sequence covers it."""
-        whole = int(where[:, 1].sum()) == tokens
-        make = torch.empty_like if whole else torch.zeros_like
-        return make(x, memory_format=torch.contiguous_format)
-
     def room(keep: bool, tokens: int, rows: int, leaves: Sequence[Tensor]) -> Tensor:
         """For the states kept: every sequence has the slots it needs, and some have one more."""
         shape = kept(tokens // every + rows, leaves) if kept is not None and keep else (0,)
@@ -169,22 +185,15 @@ def register_kernels(
         *tensors, where, keep = arguments
         inputs, parameters, leaves = sort(contiguous(tensors))
         model = inputs[time.index(output)]
-        y = blank_like(model, where, model.shape[0])
+        y = blank_like(model, where)
         ends = [torch.empty_like(leaf) for leaf in leaves]
         states = room(keep, model.shape[0], where.shape[0], leaves)
         where = where.contiguous()
         if states.numel():
             clear_unused(states, where)
-        _call(
-            f"{function}_forward",
-            _CODES[model.dtype],
-            *map(_address, (*inputs, *parameters, where)),
-            where.shape[0],
-            *sizes(inputs, parameters, leaves),
-            *map(_address, (*leaves, y, *ends)),
-            states.data_ptr() if states.numel() else 0,
-            torch.get_num_threads(),
-        )
+        known = (*inputs, *parameters, where, where.shape[0], *sizes(inputs, parameters, leaves))
+        keeping = states if states.numel() else None
+        call_kernel(f"{function}_forward", model.dtype, *known, *leaves, y, *ends, keeping)
         return (y, *ends, states)
 
     @forward.register_fake
@@ -213,19 +222,12 @@ def register_kernels(
         model = inputs[time.index(output)]
         rows = where.shape[0]
         # An operator cannot return None: an empty tensor, each its own, stands for it.
-        d_inputs = [leaves[0].new_empty(0) if x is None else blank_like(x, where, x.shape[0]) for x in inputs]
+        d_inputs = [leaves[0].new_empty(0) if x is None else blank_like(x, where) for x in inputs]
         d_parameters = [leaves[0].new_empty(0) if p is None else p.new_empty(rows, *p.shape) for p in parameters]
         d_leaves = [torch.empty_like(leaf) for leaf in leaves]
         given = [None if p is None else d for p, d in zip([*inputs, *parameters], d_inputs + d_parameters, strict=True)]
-        _call(
-            f"{function}_backward",
-            _CODES[model.dtype],
-            *map(_address, (*inputs, *parameters, where)),
-            rows,
-            *sizes(inputs, parameters, leaves),
-            *map(_address, (*leaves, *ends, states, *grads, *given, *d_leaves)),
-            torch.get_num_threads(),
-        )
+        known = (*inputs, *parameters, where, rows, *sizes(inputs, parameters, leaves))
+        call_kernel(f"{function}_backward", model.dtype, *known, *leaves, *ends, states, *grads, *given, *d_leaves)
         total = [d if p is None else d.sum(0) for p, d in zip(parameters, d_parameters, strict=True)]
         return (*d_inputs, *total, *d_leaves)
 

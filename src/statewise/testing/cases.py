@@ -21,6 +21,14 @@ __all__ = ["CASES", "OpCase"]
 Draw = Callable[..., Tensor]
 
 
+def _alone(y: Tensor) -> Tensor:
+    return y
+
+
+def _last_axis(ys: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(ys, -1)
+
+
 @dataclass(frozen=True)
 class OpCase:
     """How to call an operator with drawn inputs.
@@ -33,6 +41,7 @@ class OpCase:
         state: (normal sampler, rows) → a state in mid-flow.
         options: further keyword arguments.
         chunk: length of a chunk of the parallel form: where cuts are likeliest to hurt.
+        join: makes one tensor of what an operator of several outputs returns.
     """
 
     id: str
@@ -42,16 +51,17 @@ class OpCase:
     state: Callable[[Draw, int], Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     chunk: int = 16
+    join: Callable[[Any], Tensor] = _alone
 
     def call(self, inputs: Mapping[str, Tensor], state: Any = None, **how: Any) -> tuple[Tensor, Any]:
         """The whole-sequence form."""
-        result: tuple[Tensor, Any] = getattr(ops, self.op)(**inputs, state=state, **self.options, **how)
-        return result
+        y, end = getattr(ops, self.op)(**inputs, state=state, **self.options, **how)
+        return self.join(y), end
 
     def step(self, inputs: Mapping[str, Tensor], state: Any = None, **how: Any) -> tuple[Tensor, Any]:
         """The one-token form; ``inputs`` have no time axis."""
-        result: tuple[Tensor, Any] = getattr(ops, f"{self.op}_step")(**inputs, state=state, **self.options, **how)
-        return result
+        y, end = getattr(ops, f"{self.op}_step")(**inputs, state=state, **self.options, **how)
+        return self.join(y), end
 
     def inputs(self, batch: int, time: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
         """Drawn arguments, the same for the same seed."""
@@ -137,6 +147,14 @@ def _conv(width: int, bias: bool) -> Callable[[Draw, int, int], dict[str, Tensor
 
 CASES = (
     OpCase("token_shift", "token_shift", ("x",), lambda draw, B, T: {"x": draw(B, T, 5)}, lambda draw, n: draw(n, 5)),
+    OpCase(
+        "token_mix",
+        "token_mix",
+        ("x",),
+        lambda draw, B, T: {"x": draw(B, T, 5), "mix": draw(3, 5)},
+        lambda draw, n: draw(n, 5),
+        join=_last_axis,
+    ),
     OpCase(
         "conv-w4-silu",
         "causal_conv1d",

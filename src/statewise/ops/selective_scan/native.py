@@ -11,6 +11,11 @@ from statewise.ops.kernels import register_kernels
 __all__ = ["selective_scan"]
 
 
+def _groups(B: Tensor | None) -> int:
+    assert B is not None
+    return B.shape[1]
+
+
 def _register(name: str, softplus: bool) -> Callable[..., tuple[Tensor, ...]]:
     return register_kernels(
         name,
@@ -19,7 +24,7 @@ def _register(name: str, softplus: bool) -> Callable[..., tuple[Tensor, ...]]:
         state=("state",),
         output="x",
         optional=("z", "D", "dt_bias"),
-        sizes=lambda inputs, parameters, state: (*state[0].shape[1:], inputs[2].shape[1], int(softplus)),
+        sizes=lambda inputs, parameters, state: (*state[0].shape[1:], _groups(inputs[2]), int(softplus)),
         kept=lambda slots, state: (slots, state[0].shape[2], state[0].shape[1]),
         every=8,
         function="selective_scan",
