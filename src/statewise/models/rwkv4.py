@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
-from statewise.ops.token_shift import token_shift
+from statewise.ops.token_mix import token_mix, token_mix_step
 from statewise.ops.wkv4 import wkv4, wkv4_step
 from statewise.state import ModelState, RWKV4LayerState, WKV4State
 
@@ -66,7 +66,7 @@ class RWKV4Config:
 class _Steps(NamedTuple):
     """How time is walked: everything else in a block is the same for whole, split and single-step forms."""
 
-    shift: Callable[..., tuple[Tensor, Tensor]]
+    mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
     wkv: Callable[..., tuple[Tensor, WKV4State]]
 
 
@@ -76,9 +76,16 @@ def _single(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: WKV4State | N
     return y[:, None], state
 
 
-def _mix(x: Tensor, before: Tensor, share: Tensor) -> Tensor:
-    """``share`` of this token's channels, the rest from the token before."""
-    return x * share + before * (1 - share)
+def _single_mix(x: Tensor, mix: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """:func:`token_mix` for T = 1, by its step form."""
+    mixtures, last = token_mix_step(x[:, 0], mix, state)
+    return tuple(y[:, None] for y in mixtures), last
+
+
+def _from_before(*shares: Tensor) -> Tensor:
+    """``(M, C)``: what is left to the token before where ``shares`` ``(1, 1, C)`` say how much of a mixture is this
+    token's."""
+    return 1 - torch.cat(shares).flatten(1)
 
 
 class TimeMix(nn.Module):
@@ -101,10 +108,9 @@ class TimeMix(nn.Module):
         self, x: Tensor, shift: Tensor | None, wkv: WKV4State | None, steps: _Steps
     ) -> tuple[Tensor, Tensor, WKV4State]:
         """x ``(B, T, C)`` → what it adds to the stream, and the new shift and wkv states."""
-        before, shift = steps.shift(x, shift)
-        k = self.key(_mix(x, before, self.time_mix_k))
-        v = self.value(_mix(x, before, self.time_mix_v))
-        r = self.receptance(_mix(x, before, self.time_mix_r))
+        mix = _from_before(self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        (xk, xv, xr), shift = steps.mix(x, mix, shift)
+        k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
         # Decay in float32 at least: its rounding error is raised to the power of the distance it has to bridge.
         log_w = -torch.exp(self.time_decay.to(accumulation_dtype(self.time_decay)))
         y, wkv = steps.wkv(k, v, log_w, self.time_first, wkv)
@@ -125,10 +131,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, steps: _Steps) -> tuple[Tensor, Tensor]:
         """x ``(B, T, C)`` → what it adds to the stream, and the new shift state."""
-        before, shift = steps.shift(x, shift)
-        hidden = torch.relu(self.key(_mix(x, before, self.time_mix_k))).square()
-        r = self.receptance(_mix(x, before, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(hidden), shift
+        (xk, xr), shift = steps.mix(x, _from_before(self.time_mix_k, self.time_mix_r), shift)
+        hidden = torch.relu(self.key(xk)).square()
+        return torch.sigmoid(self.receptance(xr)) * self.value(hidden), shift
 
 
 class Block(nn.Module):
@@ -197,7 +202,7 @@ class RWKV4(nn.Module):
         if lengths is not None:
             tokens = blank(tokens, valid_steps(lengths, tokens.shape[1]), 0)
         steps = _Steps(
-            partial(token_shift, lengths=lengths, cu_seqlens=cu_seqlens),
+            partial(token_mix, lengths=lengths, cu_seqlens=cu_seqlens),
             partial(wkv4, lengths=lengths, cu_seqlens=cu_seqlens),
         )
         return self._walk(tokens, state, steps)
@@ -206,7 +211,7 @@ class RWKV4(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV4.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(token_shift, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(_single_mix, _single))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
-from statewise.ops.token_shift import token_shift
+from statewise.ops.token_mix import token_mix, token_mix_step
 from statewise.ops.wkv7 import wkv7, wkv7_step
 from statewise.state import ModelState, RWKV7LayerState
 
@@ -89,7 +89,7 @@ class RWKV7Config:
 class _Steps(NamedTuple):
     """How time is walked: everything else in a block is the same for whole, split and single-step forms."""
 
-    shift: Callable[..., tuple[Tensor, Tensor]]
+    mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
     wkv: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -99,6 +99,12 @@ def _single(
     """:func:`wkv7` for T = 1, by its step form."""
     y, state = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], state)
     return y[:, None], state
+
+
+def _single_mix(x: Tensor, mix: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """:func:`token_mix` for T = 1, by its step form."""
+    mixtures, last = token_mix_step(x[:, 0], mix, state)
+    return tuple(y[:, None] for y in mixtures), last
 
 
 class TimeMix(nn.Module):
@@ -133,9 +139,8 @@ class TimeMix(nn.Module):
         self, x: Tensor, v_first: Tensor | None, shift: Tensor | None, wkv: Tensor | None, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x ``(B, T, C)`` → what it adds to the stream, the first block's values, and the new shift and wkv states."""
-        before, shift = steps.shift(x, shift)
-        d = before - x
-        xr, xw, xk, xv, xa, xg = (x + d * m for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        mix = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).flatten(1)
+        (xr, xw, xk, xv, xa, xg), shift = steps.mix(x, mix, shift)
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         # Decay in float32 at least: its rounding error is raised to the power of the distance it has to bridge.
@@ -173,8 +178,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, steps: _Steps) -> tuple[Tensor, Tensor]:
         """x ``(B, T, C)`` → what it adds to the stream, and the new shift state."""
-        before, shift = steps.shift(x, shift)
-        hidden = torch.relu(self.key(x + (before - x) * self.x_k)).square()
+        (xk,), shift = steps.mix(x, self.x_k.flatten(1), shift)
+        hidden = torch.relu(self.key(xk)).square()
         return self.value(hidden), shift
 
 
@@ -246,7 +251,7 @@ class RWKV7(nn.Module):
         if lengths is not None:
             tokens = blank(tokens, valid_steps(lengths, tokens.shape[1]), 0)
         steps = _Steps(
-            partial(token_shift, lengths=lengths, cu_seqlens=cu_seqlens),
+            partial(token_mix, lengths=lengths, cu_seqlens=cu_seqlens),
             partial(wkv7, lengths=lengths, cu_seqlens=cu_seqlens),
         )
         return self._walk(tokens, state, steps)
@@ -255,7 +260,7 @@ class RWKV7(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV7.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(token_shift, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(_single_mix, _single))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
