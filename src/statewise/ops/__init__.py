@@ -8,6 +8,7 @@ from statewise.ops.bi_wkv import bi_wkv, bi_wkv_step
 from statewise.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from statewise.ops.dispatch import backends
 from statewise.ops.selective_scan import selective_scan, selective_scan_step
+from statewise.ops.ssd import ssd, ssd_step
 from statewise.ops.token_mix import token_mix, token_mix_step
 from statewise.ops.token_shift import token_shift, token_shift_step
 from statewise.ops.wkv4 import wkv4, wkv4_step
@@ -22,6 +23,8 @@ __all__ = [
     "causal_conv1d_step",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
     "token_mix",
     "token_mix_step",
     "token_shift",

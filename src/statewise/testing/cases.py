@@ -137,6 +137,23 @@ def _scan_full(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
     return {**inputs, **extra, **grouped}
 
 
+def _ssd(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
+    H, P, N = 4, 3, 5
+    return {
+        "x": draw(B, T, H, P),
+        "dt": torch.exp(draw(B, T, H) - 2),
+        "A": -torch.exp(draw(H)),
+        "B": draw(B, T, 1, N),
+        "C": draw(B, T, 1, N),
+    }
+
+
+def _ssd_full(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
+    inputs = _ssd(draw, B, T)
+    extra = {"D": draw(4, 3), "z": draw(B, T, 4, 3), "dt_bias": draw(4), "dt": draw(B, T, 4)}
+    return {**inputs, **extra, "B": draw(B, T, 2, 5), "C": draw(B, T, 2, 5)}
+
+
 def _conv(width: int, bias: bool) -> Callable[[Draw, int, int], dict[str, Tensor]]:
     def draw_all(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
         inputs = {"x": draw(B, T, 5), "weight": draw(5, width)}
@@ -178,5 +195,15 @@ CASES = (
         _scan_full,
         lambda draw, n: draw(n, 6, 3),
         {"dt_softplus": True},
+    ),
+    OpCase("ssd", "ssd", ("x", "dt", "B", "C"), _ssd, lambda draw, n: draw(n, 4, 3, 5), chunk=64),
+    OpCase(
+        "ssd-full",
+        "ssd",
+        ("x", "dt", "B", "C", "z"),
+        _ssd_full,
+        lambda draw, n: draw(n, 4, 3, 5),
+        {"dt_softplus": True, "dt_limit": (0.05, 1.5)},
+        chunk=64,
     ),
 )
