@@ -23,27 +23,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.forms import FORMS
 from benchmarks.machine import describe, resident_peak
 from benchmarks.plot import draw_growth, growth_table
 from statewise import ops
 from statewise.files import atomic_write
 from statewise.testing.peers import PEERS, Peer, Run, find_peers, rwkv_lm_loop
 
-SHAPES = {"wkv4": "B4 C512", "wkv7": "B2 H8 N64", "selective_scan": "B2 D1536 N16"}
-LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+SHAPES = {
+    "wkv4": "B4 C512",
+    "wkv6": "B2 H8 N64",
+    "wkv6-constant": "B2 H8 N64",
+    "wkv7": "B2 H8 N64",
+    "selective_scan": "B2 D1536 N16",
+    "ssd": "B2 H24 P64 N128",
+    "bi_wkv": "B4 C192",
+    "causal_conv1d": "B2 D1536 W4, silu",
+    "token_mix": "B4 C512 M3",
+}
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
-OUTPUT_TOLERANCE = 1e-4  # of the largest value
-GRADIENT_TOLERANCE = 1e-3  # the same; sums over all positions in float32, in another order
+#: (of outputs, of gradients), relative to the largest value: sums over all positions, in another order.
+TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (3e-2, 6e-2)}
 REFERENCE = "statewise reference"
 LONGEST_REFERENCE = 1024  # it is there for its shape, which shorter lengths show
 
 
-def draw(op: str, time: int) -> dict[str, Tensor]:
-    """Inputs at the sizes of SHAPES, float32, in the ranges that a trained model has."""
+def _options(op: str) -> dict[str, Any]:
+    return {"activation": "silu"} if op == "causal_conv1d" else {}
+
+
+def draw(op: str, time: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs at the sizes of SHAPES, in the ranges that a trained model has; parameters stay float32."""
     torch.manual_seed(0)
-    if op == "wkv4":
-        k, v = torch.randn(2, 4, time, 512)
-        inputs = {"k": k, "v": v, "log_w": -torch.rand(512), "u": torch.randn(512)}
+    if op in ("wkv4", "bi_wkv"):
+        k, v = torch.randn(2, 4, time, 512 if op == "wkv4" else 192)
+        channels = k.shape[-1]
+        inputs = {"k": k, "v": v, "log_w": -torch.rand(channels), "u": torch.randn(channels)}
+    elif op.startswith("wkv6"):
+        shape = (2, time, 8, 64)
+        log_w = -torch.exp(torch.randn(shape[2:] if op.endswith("constant") else shape) - 2)
+        r, k, v = torch.randn(3, *shape)
+        inputs = {"r": r, "log_w": log_w, "k": k / 8, "v": v, "u": torch.randn(8, 64)}
     elif op == "wkv7":
         shape = (2, time, 8, 64)
         direction = torch.nn.functional.normalize(torch.randn(shape), dim=-1)
@@ -55,6 +76,18 @@ def draw(op: str, time: int) -> dict[str, Tensor]:
             "a": -direction,
             "b": direction * torch.rand(shape),
         }
+    elif op == "ssd":
+        inputs = {
+            "x": torch.randn(2, time, 24, 64),
+            "dt": torch.rand(2, time, 24) * 0.1,
+            "A": -(torch.rand(24) * 15 + 1),
+            "B": torch.randn(2, time, 1, 128),
+            "C": torch.randn(2, time, 1, 128) / 8,
+        }
+    elif op == "causal_conv1d":
+        inputs = {"x": torch.randn(2, time, 1536), "weight": torch.randn(1536, 4), "bias": torch.randn(1536)}
+    elif op == "token_mix":
+        inputs = {"x": torch.randn(4, time, 512), "mix": torch.rand(3, 512)}
     else:
         inputs = {
             "x": torch.randn(2, time, 1536),
@@ -63,12 +96,21 @@ def draw(op: str, time: int) -> dict[str, Tensor]:
             "B": torch.randn(2, time, 16),
             "C": torch.randn(2, time, 16),
         }
-    return {name: x.requires_grad_() for name, x in inputs.items()}
+    # What has a time axis is an activation.
+    cast = {name: x.to(dtype) if x.dim() >= 3 else x for name, x in inputs.items()}
+    return {name: x.requires_grad_() for name, x in cast.items()}
 
 
 def ours(op: str, backend: str) -> Run:
     """Our own operator, as a peer is run."""
-    return lambda inputs: getattr(ops, op)(**inputs, backend=backend)[0]
+    function, options = getattr(ops, op.split("-")[0]), _options(op)
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        result = function(**inputs, **options, backend=backend)
+        y = result if isinstance(result, Tensor) else result[0]  # bi_wkv has no state
+        return y if isinstance(y, Tensor) else torch.stack(y, -1)  # token_mix has several outputs
+
+    return run
 
 
 def measure(
@@ -77,8 +119,10 @@ def measure(
     lengths: Sequence[int],
     repeats: int,
     cap: float,
-    inputs_of: Callable[[str, int], dict[str, Tensor]] = draw,
+    inputs_of: Callable[..., dict[str, Tensor]] = draw,
     finished: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    dtype: torch.dtype = torch.float32,
+    bandwidth: float | None = None,
 ) -> list[dict[str, Any]]:
     """Time every contestant at every length.
 
@@ -90,6 +134,8 @@ def measure(
         cap: seconds; a run that is expected to last longer is left out.
         inputs_of: operator and length → inputs.
         finished: called after each length with all rows so far.
+        dtype: of activations.
+        bandwidth: bytes a second that the machine moves; rows then tell what fraction of it is reached.
 
     Returns:
         One row a contestant and length, with its medians in milliseconds, or with ``skipped``, the reason.
@@ -97,9 +143,10 @@ def measure(
     rows: list[dict[str, Any]] = []
     last: dict[str, tuple[int, float]] = {}  # name → (length, seconds of a whole run)
     for length in lengths:
-        inputs = inputs_of(op, length)
+        inputs = inputs_of(op, length) if dtype == torch.float32 else inputs_of(op, length, dtype)
         with torch.no_grad():
-            truth = ours(op, "reference")(inputs)
+            # The loop is the yardstick where it can be waited for; beyond, our chunked form, held to it below.
+            truth = ours(op, "reference" if length <= LONGEST_REFERENCE else "torch")(inputs)
         cotangent = torch.randn_like(truth)
         gradients: list[Tensor] | None = None
         ready: list[_Contest] = []
@@ -123,7 +170,7 @@ def measure(
             gradients = found if gradients is None else gradients
             gaps.append(max(_gap(one, other) for one, other in zip(found, gradients, strict=True)))
             # Written so that NaN, too, is a difference.
-            if not (gaps[0] <= OUTPUT_TOLERANCE and gaps[1] <= GRADIENT_TOLERANCE):
+            if not all(gap <= limit for gap, limit in zip(gaps, TOLERANCES[dtype], strict=True)):
                 row["skipped"] = f"not timed: output differs by {gaps[0]:.1e}, gradients by {gaps[1]:.1e}"
                 continue
             row |= {"output_difference": gaps[0], "gradient_difference": gaps[1]}
@@ -135,7 +182,7 @@ def measure(
             for contest in ready:
                 contest.take(round_, inputs, cotangent)
         for contest in ready:
-            contest.tell()
+            contest.tell(_moved(inputs, cotangent), bandwidth)
         finished(rows)
     return rows
 
@@ -160,15 +207,36 @@ class _Contest:
         if len(self.both) < self.rounds:
             self.both.append(_whole(self.run, inputs, cotangent)[0])
 
-    def tell(self) -> None:
+    def tell(self, moved: tuple[int, int], bandwidth: float | None) -> None:
         for kind, values in (("forward", self.forward), ("both", self.both)):
             self.row[f"{kind}_ms"] = round(1e3 * statistics.median(values), 3)
             self.row[f"{kind}_ms_range"] = [round(1e3 * min(values), 3), round(1e3 * max(values), 3)]
+            if bandwidth is not None:
+                least = moved[kind == "both"] / bandwidth
+                self.row[f"{kind}_of_bandwidth"] = round(1e3 * least / self.row[f"{kind}_ms"], 3)
         self.row["runs"] = len(self.both)
         op, length, who = (self.row[key] for key in ("op", "T", "who"))
         print(
             f"{op:15} T={length:<5} {who:20} {self.row['forward_ms']:10.1f} {self.row['both_ms']:10.1f} ms", flush=True
         )
+
+
+def _moved(inputs: Mapping[str, Tensor], y: Tensor) -> tuple[int, int]:
+    """Bytes that forward, and forward with backward, move at least: every input and output once a pass."""
+    given = sum(x.nbytes for x in inputs.values())
+    return given + y.nbytes, 3 * given + 2 * y.nbytes
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second read and written by a copy of 128 MiB, the best of ten."""
+    source = torch.ones(1 << 25)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
 
 
 def _too_long(name: str, length: int, before: tuple[int, float] | None, cap: float) -> str | None:
@@ -214,13 +282,21 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def find_contestants(op: str, names: Sequence[str] | None, rwkv_lm: Path | None) -> tuple[list[Peer], dict[str, str]]:
     """Ours, our reference and the peers asked for (``None``: all that run here); and who is absent, and why."""
-    peers, absent = find_peers(op)
+    peers, absent = find_peers(op.split("-")[0])
+    peers += [Peer(name, "benchmarks/forms.py", form) for name, form in FORMS.get(op, {}).items()]
     if op == "wkv7":
         if rwkv_lm is None:
             absent["RWKV-LM loop"] = "no checkout given (--rwkv-lm)"
         else:
             peers.append(rwkv_lm_loop(rwkv_lm))
-    mine = [Peer("statewise", "this commit", ours(op, "torch")), Peer(REFERENCE, "this commit", ours(op, "reference"))]
+    served = ops.backends()[op.split("-")[0]]
+    mine = [
+        Peer(f"statewise {name}", "this commit", ours(op, name))
+        for name in ("native", "torch", "reference")
+        if served[name].serves
+    ]
+    if not served["native"].serves:
+        absent["statewise native"] = served["native"].reason
     if names is not None:
         peers = [peer for peer in peers if peer.name in names]
         absent = {name: reason for name, reason in absent.items() if name in names}
@@ -232,11 +308,12 @@ def _names(value: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    known = [*(name for peers in PEERS.values() for name in peers), "RWKV-LM loop"]
+    known = [*(name for where in (PEERS, FORMS) for peers in where.values() for name in peers), "RWKV-LM loop"]
     parser = argparse.ArgumentParser(prog="benchmarks.ops", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ops", type=_names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--lengths", type=_names, default=list(LENGTHS), help="values of T, rising")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--cap", type=float, default=60.0, help="longest single run, seconds")
     parser.add_argument("--peers", type=_names, help=f"of {', '.join(known)}; default: all that run here")
@@ -262,7 +339,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
-    document: dict[str, Any] = {"kind": "ops", "machine": describe(), "repeats": options.repeats, "dtype": "float32"}
+    bandwidth = measure_bandwidth()
+    document: dict[str, Any] = {
+        "kind": "ops",
+        "machine": describe(),
+        "repeats": options.repeats,
+        "dtype": options.dtype,
+        "copy_bytes_per_second": round(bandwidth),
+    }
 
     def write(fresh: list[dict[str, Any]], complete: bool = False) -> None:
         so_far = rows + fresh
@@ -275,7 +359,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for op in options.ops:
         contestants, missing = find_contestants(op, options.peers, options.rwkv_lm)
         absent |= missing
-        rows += measure(op, contestants, lengths, options.repeats, options.cap, finished=write)
+        rows += measure(
+            op,
+            contestants,
+            lengths,
+            options.repeats,
+            options.cap,
+            finished=write,
+            dtype=getattr(torch, options.dtype),
+            bandwidth=bandwidth,
+        )
     write([], complete=True)
     print("\n" + growth_table(document))
     plot = options.plot or (options.out.with_suffix(".png") if options.out is not None else None)

@@ -20,22 +20,27 @@ COMPRESSORS = ("gzip", "xz")
 
 
 def draw_growth(document: Mapping[str, Any], path: Path) -> None:
-    """Time over T, both axes logarithmic, one panel an operator; a grey line shows what linear growth looks like."""
+    """Time over T, both axes logarithmic, one panel an operator; a grey line shows what linear growth looks like.
+
+    Ours, the first of each operator, is drawn thick."""
     figure, save = _figure(path)
     rows = [row for row in document["rows"] if "both_ms" in row]
     names = list(dict.fromkeys(row["op"] for row in rows))
-    figure.set_size_inches(5 * max(1, len(names)), 4.2)
+    columns = min(3, max(1, len(names)))
+    lines = -(-len(names) // columns)
+    figure.set_size_inches(5 * columns, 4.2 * lines)
     for index, op in enumerate(names):
-        axis = figure.add_subplot(1, len(names), index + 1)
+        axis = figure.add_subplot(lines, columns, index + 1)
         mine = [row for row in rows if row["op"] == op]
         lengths = sorted({row["T"] for row in mine})
         for who in dict.fromkeys(row["who"] for row in mine):
             points = [(row["T"], row["both_ms"]) for row in mine if row["who"] == who]
-            axis.loglog(*zip(*points, strict=True), marker="o", label=who, linewidth=2.5 if who == "statewise" else 1.2)
+            thick = who == mine[0]["who"]
+            axis.loglog(*zip(*points, strict=True), marker="o", label=who, linewidth=2.5 if thick else 1.2)
         start = min(row["both_ms"] for row in mine if row["T"] == lengths[0])
         linear = [start * length / lengths[0] for length in lengths]
         axis.loglog(lengths, linear, color="grey", linestyle=":", linewidth=1, label="linear in T")
-        axis.set(title=f"{op} ({mine[0]['shape']}, float32)", xlabel="T", ylabel="forward + backward, ms")
+        axis.set(title=f"{op} ({mine[0]['shape']}, {document['dtype']})", xlabel="T", ylabel="forward + backward, ms")
         axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -62,7 +67,7 @@ def growth_table(document: Mapping[str, Any]) -> str:
             grown = f"T^{entry['exponent']:.2f}" if entry else "–"
             held = f"{timed[-1]['peak_mib']} MiB at {timed[-1]['T']}" if timed and "peak_mib" in timed[-1] else "–"
             lines.append([who, *times, grown, held])
-        title = f"`{op}`, {mine[0]['shape']}, float32, ms forward / forward and backward:"
+        title = f"`{op}`, {mine[0]['shape']}, {document['dtype']}, ms forward / forward and backward:"
         tables.append(f"{title}\n\n{_markdown(lines)}")
     return "\n\n".join(tables) + "\n"
 

@@ -120,11 +120,13 @@ def test_peak_memory_sees_a_tensor_come_and_go() -> None:
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole script, at sizes for a test."""
     draw = benchmark.draw
-    many = {"wkv4": 512, "wkv7": 8, "selective_scan": 1536}  # channels or heads: four are enough
+    # channels or heads: four are enough
+    many = {"wkv4": 512, "bi_wkv": 192, "token_mix": 512, "ssd": 24, "selective_scan": 1536, "causal_conv1d": 1536}
+    many |= dict.fromkeys(("wkv6", "wkv6-constant", "wkv7"), 8)
 
-    def fewer(op: str, length: int) -> dict[str, Tensor]:
+    def fewer(op: str, length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         cut = {}
-        for name, x in draw(op, length).items():
+        for name, x in draw(op, length, dtype).items():
             axes = [axis for axis, size in enumerate(x.shape) if size == many[op]]
             cut[name] = (x.detach().narrow(axes[0], 0, 4) if axes else x.detach()).clone().requires_grad_()
         return cut
@@ -147,15 +149,20 @@ def test_a_run_writes_its_table_and_its_plot(
     document = json.loads(out.read_text())
     assert document["complete"] is True
     assert {row["op"] for row in document["rows"]} == set(benchmark.SHAPES)
-    assert [row["T"] for row in document["rows"] if row["op"] == "wkv7" and row["who"] == "statewise"] == [4, 9, 16]
+    assert [row["T"] for row in document["rows"] if row["op"] == "wkv7" and row["who"] == "statewise torch"] == [
+        4,
+        9,
+        16,
+    ]
     assert all(row["output_difference"] < 1e-5 for row in document["rows"])
+    assert all(0 <= row["both_of_bandwidth"] < 2 for row in document["rows"])  # tiny inputs lie in cache
     assert document["absent"]["peer of wkv4"] == "not installed"
     assert document["absent"]["RWKV-LM loop"].startswith("no checkout")
     assert document["machine"]["threads"] == 1
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
 
     printed = capsys.readouterr().out
-    assert "| statewise | " in printed
+    assert "| statewise torch | " in printed
     plot.main([str(out), "--plot", str(tmp_path / "again.png")])
     assert capsys.readouterr().out in printed
     assert (tmp_path / "again.png").read_bytes().startswith(PNG)
@@ -178,7 +185,7 @@ def test_what_was_measured_before_a_break_is_kept(tmp_path: Path, monkeypatch: p
         torch.set_num_threads(threads)
     document = json.loads(out.read_text())
     assert document["complete"] is False
-    assert [row["op"] for row in document["rows"]] == ["wkv4", "wkv4"]
+    assert {row["op"] for row in document["rows"]} == {"wkv4", "wkv6", "wkv6-constant"}
 
 
 def test_the_table_tells_times_growth_and_gaps() -> None:
@@ -189,7 +196,7 @@ def test_the_table_tells_times_growth_and_gaps() -> None:
         {**fast, "who": "peer", "T": 128, "skipped": "not timed"},
     ]
     growth = [{"op": "wkv4", "who": "statewise", "exponent": 1.02}]
-    lines = plot.growth_table({"rows": rows, "growth": growth}).splitlines()
+    lines = plot.growth_table({"rows": rows, "growth": growth, "dtype": "float32"}).splitlines()
     assert lines[2] == "|  | T = 128 | T = 256 | growth | memory |"
     assert lines[4] == "| statewise | 0.50 / 2.0 | 1.0 / 412 | T^1.02 | 7 MiB at 256 |"
     assert lines[5] == "| peer | – | – | – | – |"

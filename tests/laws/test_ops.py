@@ -249,7 +249,11 @@ def test_registered_operators_pass_opcheck(case: OpCase, backend: str) -> None:
     with recorder:
         y, _ = case.call(inputs, case.begin(2), backend=backend)
         y.sum().backward()
-    if backend == "native" or case.op not in ("token_shift", "token_mix", "causal_conv1d"):  # plain torch, traced as it is
+    if backend == "native" or case.op not in (
+        "token_shift",
+        "token_mix",
+        "causal_conv1d",
+    ):  # plain torch, traced as it is
         assert len(recorder.calls) == 2, "forward and backward are one operator each"
     for function, arguments in recorder.calls:
         if not str(function).endswith("_backward.default"):

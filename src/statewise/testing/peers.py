@@ -71,6 +71,33 @@ def _fla_wkv7(name: str) -> Callable[[], Run]:
     return find
 
 
+def _fla_wkv6() -> Run:
+    from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6  # type: ignore[import-not-found]
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        log_w = inputs["log_w"].expand_as(inputs["k"])  # theirs has no constant decay
+        r, log_w, k, v = (x.transpose(1, 2) for x in (inputs["r"], log_w, inputs["k"], inputs["v"]))
+        y, _ = naive_recurrent_rwkv6(r, k, v, log_w, inputs["u"], scale=1.0)
+        return y.transpose(1, 2)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _transformers_ssd(chunk: int) -> Callable[[], Run]:
+    def find() -> Run:
+        from transformers.models.mamba2 import modeling_mamba2  # type: ignore[import-not-found]
+
+        function = modeling_mamba2.mamba2_chunk_scan
+
+        def run(inputs: Mapping[str, Tensor]) -> Tensor:
+            y = function(*[inputs[name] for name in ("x", "dt", "A", "B", "C")], chunk_size=chunk)
+            return y[0] if isinstance(y, tuple) else y  # type: ignore[no-any-return]
+
+        return run
+
+    return find
+
+
 def rwkv_lm_loop(path: Path) -> Peer:
     """The official torch loop of WKV-7, from a checkout of RWKV-LM, which publishes no package.
 
@@ -119,7 +146,12 @@ PEERS: dict[str, dict[str, tuple[str, Callable[[], Run]]]] = {
         "fla-recurrence": ("fla-core", _fla_wkv7("dplr_recurrence")),
         "fla-chunkwise": ("fla-core", _fla_wkv7("dplr_chunkwise")),
     },
+    "wkv6": {"fla-naive": ("fla-core", _fla_wkv6)},
     "selective_scan": {"mambapy-pscan": ("mambapy", _mambapy_scan)},
+    "ssd": {
+        "transformers-64": ("transformers", _transformers_ssd(64)),
+        "transformers-256": ("transformers", _transformers_ssd(256)),
+    },
 }
 
 

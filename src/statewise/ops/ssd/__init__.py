@@ -6,7 +6,8 @@ size, G groups.
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ         h ∈ R^{P×N} for every head
     y_t = h_t C_t + D x_t,  then times silu(z_t)
 
-Source: Dao and Gu 2024, "Transformers are SSMs", eq. 16 and section 6. dt takes its bias, then softplus, then the clamp.
+Source: Dao and Gu 2024, "Transformers are SSMs", eq. 16 and section 6. dt takes its bias, then softplus, then the
+clamp.
 """
 
 from __future__ import annotations
