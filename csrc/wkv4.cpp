@@ -186,7 +186,7 @@ void backward_block(
     // The first maximum weighs the first average against all tokens. Where either side outweighs the other, that
     // gradient is what is left of terms that cancel, so it is gathered from differences to the first average.
     T *first = totals.scale, *grad_first = grads.scale;
-    const Vec<T> zero = {}, one = splat<T>(T(1));
+    const Vec<T> zero = {}, half = splat<T>(T(0.5)), one = splat<T>(T(1));
     for (int64_t c = 0; c < width; c += kLanes<T>) {
         Vec<T> d_num = load<T>(grad_end.num + c, width - c), d_den = load<T>(grad_end.den + c, width - c);
         Vec<T> d_top = load<T>(grad_end.top + c, width - c);
@@ -215,7 +215,8 @@ void backward_block(
                 Vec<T> key = load<T>(k + row, width - c), value = load<T>(v + row, width - c);
                 store<T>(chunk.num + at, num);
                 store<T>(chunk.den + at, den);
-                store<T>(chunk.fresh + at, top + log_w > key ? zero : one);
+                Vec<T> faded = top + log_w;  // a tie is shared, as torch.maximum shares it
+                store<T>(chunk.fresh + at, faded > key ? zero : faded < key ? one : half);
                 Token<T> token = advance<T>(key, value, num, den, scale, top, fixed, c);
                 Vec<T> inverse = T(1) / token.total;
                 store<T>(chunk.y + at, token.y);

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Library", "blank_like", "call_kernel", "library", "register_kernels", "spans"]
+__all__ = ["Library", "blank_like", "call_kernel", "library", "load", "register_kernels", "spans"]
 
 # What a kernel calls a dtype of activations (csrc/rows.h).
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -45,9 +45,12 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """The best library for this processor; ``ATEN_CPU_CAPABILITY``, torch's own switch, chooses a lesser one."""
-    folder = Path(__file__).parent
-    wanted = _SERVES.get(torch.backends.cpu.get_cpu_capability(), ("portable",))
-    for level in wanted:
+    return load(Path(__file__).parent)
+
+
+def load(folder: Path) -> Library:
+    """The best library in ``folder`` that this processor can run."""
+    for level in _SERVES.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
         path = folder / f"_kernels_{level}.so"
         if not path.exists():
             continue

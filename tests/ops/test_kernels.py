@@ -1,0 +1,140 @@
+"""The compiled kernels as a whole: every build of them, any number of threads, odd memory, no library at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from statewise import ops
+from statewise.ops import dispatch, kernels
+from statewise.testing import laws
+from statewise.testing.cases import CASES, OpCase
+from tests import fuzz_kernels
+
+ROOT = Path(__file__).parents[2]
+COMPILED = [case for case in CASES if ops.backends()[case.op]["native"].serves]
+every_compiled_case = pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.id)
+
+
+def test_a_machine_with_a_compiler_has_kernels() -> None:
+    """Otherwise everything in this file would pass by testing nothing."""
+    sys.path.insert(0, str(ROOT / "csrc"))
+    try:
+        import build
+    finally:
+        sys.path.pop(0)
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler here, so the package was installed without kernels")
+    assert kernels.library().functions is not None, kernels.library().reason
+    assert COMPILED
+
+
+def test_random_small_cases() -> None:
+    assert fuzz_kernels.fuzz(400, seed=77_000) == []
+
+
+def test_a_wrong_kernel_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fuzz_kernels.Case.run
+
+    def off(self: fuzz_kernels.Case, backend: str, *rest: object) -> list[torch.Tensor]:
+        found = run(self, backend, *rest)  # type: ignore[arg-type]
+        return [x * (1 + 1e-8) for x in found] if backend == "native" and self.dtype == torch.float64 else found
+
+    monkeypatch.setattr(fuzz_kernels.Case, "run", off)
+    assert fuzz_kernels.fuzz(20, seed=77_000)
+
+
+@every_compiled_case
+def test_threads_do_not_change_a_bit(case: OpCase) -> None:
+    inputs, state = case.inputs(3, 70, torch.float32), case.begin(3, torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(laws.run(case, inputs, state, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(found[0].y, other.y)
+        assert all(torch.equal(a, b) for a, b in zip(found[0].state, other.state, strict=True))
+        assert all(torch.equal(gradient, other.gradients[name]) for name, gradient in found[0].gradients.items())
+
+
+@every_compiled_case
+def test_autocast_leaves_a_kernel_alone(case: OpCase) -> None:
+    inputs, state = case.inputs(2, 40, torch.float32), case.begin(2, torch.float32)
+    want = laws.run(case, inputs, state, backend="native")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = laws.run(case, inputs, state, backend="native")
+    assert torch.equal(got.y, want.y)
+    assert all(torch.equal(gradient, got.gradients[name]) for name, gradient in want.gradients.items())
+
+
+@every_compiled_case
+def test_activation_checkpointing_changes_nothing(case: OpCase) -> None:
+    inputs = {name: x.requires_grad_() for name, x in case.inputs(2, 40, torch.float32).items()}
+    state = case.begin(2, torch.float32)
+    names = list(inputs)
+
+    def whole(*tensors: torch.Tensor) -> torch.Tensor:
+        return case.call(dict(zip(names, tensors, strict=True)), state, backend="native")[0]
+
+    plain = torch.autograd.grad(whole(*inputs.values()).square().sum(), list(inputs.values()))
+    again = torch.utils.checkpoint.checkpoint(whole, *inputs.values(), use_reentrant=False)
+    for one, other in zip(torch.autograd.grad(again.square().sum(), list(inputs.values())), plain, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_processors_are_served(capability: str) -> None:
+    """torch's own switch makes it, and so the choice of library, believe in a lesser processor."""
+    if not kernels.library().level or kernels.library().level == "portable":
+        pytest.skip("this processor has no lesser build")
+    program = (
+        "from statewise.ops import kernels; from tests.fuzz_kernels import fuzz;"
+        "print(kernels.library().level); print(fuzz(200, 500))"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["portable" if capability == "default" else "avx2", "[]"]
+
+
+def test_without_a_library_torch_serves_and_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = kernels.load(tmp_path)
+    assert missing.functions is None
+    assert "no C++17 compiler" in missing.reason
+    monkeypatch.setattr(dispatch, "_NO_LIBRARY", missing.reason)
+    for case in COMPILED:
+        assert ops.backends()[case.op]["native"] == (False, missing.reason)
+        y, _ = case.call(case.inputs(2, 20))
+        want, _ = case.call(case.inputs(2, 20), backend="torch")
+        assert torch.equal(y, want)
+        with pytest.raises(ValueError, match="no C\\+\\+17 compiler"):
+            case.call(case.inputs(2, 20), backend="native")
+
+
+def test_a_broken_library_is_told(tmp_path: Path) -> None:
+    for level in ("avx512", "avx2", "portable"):
+        (tmp_path / f"_kernels_{level}.so").write_bytes(b"not a library")
+    broken = kernels.load(tmp_path)
+    assert broken.functions is None
+    assert "cannot be loaded" in broken.reason
+
+
+def test_the_meta_device_is_not_served() -> None:
+    """Kernels read addresses: only tensors that have one may reach them."""
+    x = torch.empty(2, 3, 4, device="meta")
+    with pytest.raises(ValueError, match="compiled kernels serve the CPU, not meta"):
+        ops.token_mix(x, torch.empty(2, 4, device="meta"), backend="native")
