@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick lint bench clean setup
+.PHONY: demo test test-quick lint bench wheel fuzz sanitize clean setup
 
 setup: $(READY)
 
@@ -31,6 +31,24 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.ops
+
+# A wheel with the compiled kernels, installed and tested in an environment of its own.
+wheel: $(READY)
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/pip install --quiet --constraint constraints.txt build/wheel/*.whl
+	cd build/wheel && env/bin/statewise backends && env/bin/statewise verify rwkv7
+
+# Ten thousand random small cases of every compiled kernel against the reference; then fewer under the sanitizers.
+fuzz: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/python -m tests.fuzz_kernels --cases 10000
+
+# Leaks are Python's own at exit; odr and the rest stay on.
+sanitize: $(READY)
+	$(BIN)/python csrc/build.py build/sanitized --sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		OMP_NUM_THREADS=2 $(BIN)/python -m tests.fuzz_kernels --cases 2000 --libraries build/sanitized
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
