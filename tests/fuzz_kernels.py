@@ -229,8 +229,9 @@ class Case:
             scale = seen if index < self.ys else _largest(other) if index < count else together
             one = one.double()
             gap = torch.where(one == other, 0.0, (one - other).abs())
-            if gap.numel() and not float(gap.max()) <= slack * limit * max(scale, 1e-30):
-                return f"tensor {index} of {len(got)} ({count} outputs) off by {float(gap.max()):.1e}, scale {scale:.1e}"
+            worst = float(gap.max()) if gap.numel() else 0.0
+            if not worst <= slack * limit * max(scale, 1e-30):  # so written, NaN differs too
+                return f"tensor {index} of {len(got)} ({count} outputs) off by {worst:.1e}, scale {scale:.1e}"
         return None
 
     def __str__(self) -> str:

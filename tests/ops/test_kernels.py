@@ -109,9 +109,7 @@ def test_lesser_processors_are_served(capability: str) -> None:
     assert done.stdout.split("\n")[:2] == ["portable" if capability == "default" else "avx2", "[]"]
 
 
-def test_without_a_library_torch_serves_and_the_reason_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_library_torch_serves_and_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = kernels.load(tmp_path)
     assert missing.functions is None
     assert "no C++17 compiler" in missing.reason

@@ -164,7 +164,8 @@ def _check(
     )
     if sizes["G"] < 1 or sizes["H"] % sizes["G"]:
         raise ValueError(f"{op}: B and C have {sizes['G']} groups, which do not divide {sizes['H']} heads")
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+    pair = isinstance(dt_limit, (tuple, list)) and [type(end) in (int, float) for end in dt_limit] == [True, True]
+    if not pair or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{op}: dt_limit is {dt_limit!r}; accepted are two numbers, 0 ≤ smallest ≤ largest")
     return sizes
 

@@ -44,13 +44,16 @@ def _segment(
     upto = torch.exp(log_decay.cumsum(-1))  # what the state at the chunk's start still weighs at each token
     added = (x.transpose(1, 2) * dt.transpose(1, 2)[..., None]).reshape(*grouped, t, width)
     B, C = B.transpose(1, 2), C.transpose(1, 2)  # (batch, G, t, N)
-    start = state.reshape(*grouped, width, size)
+    # Heads of a group read B and C as one matrix of E·P rows: per head, both would be copied E times.
+    start = state.reshape(batch, groups, -1, size)
 
     scores = (C @ B.transpose(-1, -2))[:, :, None] * weights
-    y = scores @ added + (C[:, :, None] @ start.transpose(-1, -2)) * upto[..., None]
+    past = (start @ C.transpose(-1, -2)).view(*grouped, width, t).transpose(-1, -2)
+    y = scores @ added + past * upto[..., None]
     rest = weights[..., -1, :, None]  # what each token still weighs at the end
-    end = start * upto[..., -1, None, None] + (added * rest).transpose(-1, -2) @ B[:, :, None]
-    return y.reshape(batch, heads, t, width).transpose(1, 2), [end.reshape(batch, heads, width, size)]
+    learnt = (added * rest).transpose(-1, -2).reshape(batch, groups, -1, t) @ B
+    end = state * upto[..., -1].reshape(batch, heads, 1, 1) + learnt.view(batch, heads, width, size)
+    return y.reshape(batch, heads, t, width).transpose(1, 2), [end]
 
 
 _ssd = register_segmented(
