@@ -2,9 +2,9 @@
 
     python -m benchmarks.training --out benchmarks/results/DATE-training-cpu.json
 
-A step is forward, loss, backward, clipping and fused AdamW on ``--tokens`` tokens, cut into rows of the context. Steps are
-interleaved between models, the first is thrown away, medians are told. Published models (``--published``) take a context
-of their own, since most would take minutes a step.
+A step is forward, loss, backward, clipping and fused AdamW on ``--tokens`` tokens, cut into rows of the context. Steps
+are interleaved between models, the first is thrown away, medians are told. Published models (``--published``) take a
+context of their own, since most would take minutes a step.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ __all__ = ["Options", "main"]
 class Options:
     """What the command line may say."""
 
-    target: Annotated[str, "an operator (wkv4, wkv7, selective_scan, causal_conv1d, token_shift) or a model's name"]
+    target: Annotated[str, "an operator (`statewise backends` lists them) or a model's name"]
     lengths: Annotated[tuple[int, ...], "tokens in a row, one table row each"] = (128, 512, 1024)
     batch_size: Annotated[int, "rows"] = 2
     width: Annotated[int, "channels of the operator, or width of the model"] = 512
     num_layers: Annotated[int, "layers of a model"] = 2
-    backends: Annotated[tuple[str, ...], "which of our backends to time"] = ("torch",)
+    backends: Annotated[tuple[str, ...] | None, "which of ours to time; by default all that serve but the loop"] = None
     against: Annotated[tuple[str, ...] | None, "peers by name; by default all that are installed"] = None
     backward: Annotated[bool, "time forward and backward together instead of forward alone"] = True
     repeats: Annotated[int, "the median of this many timings is told"] = 5
@@ -260,7 +260,17 @@ class _Roof(NamedTuple):
 
 
 # Which input the output is shaped like.
-_OUTPUT_LIKE = {"wkv4": "v", "wkv7": "v", "selective_scan": "x", "causal_conv1d": "x", "token_shift": "x"}
+_OUTPUT_LIKE = {
+    "bi_wkv": "v",
+    "causal_conv1d": "x",
+    "selective_scan": "x",
+    "ssd": "x",
+    "token_mix": "x",
+    "token_shift": "x",
+    "wkv4": "v",
+    "wkv6": "v",
+    "wkv7": "v",
+}
 
 
 def _contest(options: Options, length: int, device: torch.device) -> _Contest:
@@ -285,9 +295,16 @@ def _contest(options: Options, length: int, device: torch.device) -> _Contest:
     }
 
     def ours(backend: str) -> _Runner:
-        return lambda given: getattr(ops, name)(**given, backend=backend)[0]
+        def run(given: dict[str, Tensor]) -> Tensor:
+            result = getattr(ops, name)(**given, backend=backend)
+            y = result if isinstance(result, torch.Tensor) else result[0]  # bi_wkv has no state
+            return y if isinstance(y, torch.Tensor) else torch.stack(y, -1)  # token_mix has several outputs
 
-    runners = {f"statewise {backend}": ours(backend) for backend in options.backends}
+        return run
+
+    served = [backend for backend, status in reversed(ops.backends()[name].items()) if status.serves]
+    wanted = [backend for backend in served if backend != "reference"] if options.backends is None else options.backends
+    runners = {f"statewise {backend}": ours(backend) for backend in wanted}
     return _Contest(inputs, runners, flops)
 
 
@@ -300,6 +317,23 @@ def _wkv4(generator: torch.Generator, batch: int, length: int, width: int) -> _I
     k, v = torch.randn(2, batch, length, width, generator=generator)
     log_w, u = -torch.rand(width, generator=generator), torch.randn(width, generator=generator)
     return {"k": k, "v": v, "log_w": log_w, "u": u}, 12.0 * k.numel()
+
+
+def _bi_wkv(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
+    inputs, flops = _wkv4(generator, batch, length, width)
+    return inputs, 2 * flops
+
+
+def _wkv6(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
+    import torch
+
+    if width % 64:
+        raise ValueError(f"--width is {width}; wkv6 has heads of 64, so a multiple of 64 is accepted")
+    heads = (batch, length, width // 64, 64)
+    r, k, v, decay = torch.randn(4, *heads, generator=generator)
+    inputs = {"r": r, "log_w": -torch.exp(decay - 2), "k": k, "v": v}
+    # A step decays the state, reads it once and adds to it once: 5 operations an entry.
+    return {**inputs, "u": torch.randn(heads[2:], generator=generator)}, 5.0 * r.numel() * 64
 
 
 def _wkv7(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
@@ -325,6 +359,25 @@ def _selective_scan(generator: torch.Generator, batch: int, length: int, width: 
     return {"x": x, "dt": torch.nn.functional.softplus(dt - 3), "A": A, "B": B, "C": C}, 7.0 * x.numel() * N
 
 
+def _ssd(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
+    import torch
+
+    if width % 64:
+        raise ValueError(f"--width is {width}; ssd is timed with heads of 64, so a multiple of 64 is accepted")
+    N, heads = 128, width // 64
+    x = torch.randn(batch, length, heads, 64, generator=generator)
+    dt = torch.nn.functional.softplus(torch.randn(batch, length, heads, generator=generator) - 3)
+    B, C = torch.randn(2, batch, length, 1, N, generator=generator)
+    return {"x": x, "dt": dt, "A": -torch.arange(1.0, heads + 1), "B": B, "C": C}, 5.0 * x.numel() * N
+
+
+def _token_mix(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
+    import torch
+
+    x = torch.randn(batch, length, width, generator=generator)
+    return {"x": x, "mix": torch.rand(3, width, generator=generator)}, 7.0 * x.numel()
+
+
 def _causal_conv1d(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
     import torch
 
@@ -340,9 +393,13 @@ def _token_shift(generator: torch.Generator, batch: int, length: int, width: int
 
 
 _INPUTS: dict[str, Callable[[torch.Generator, int, int, int], _Inputs]] = {
-    "wkv4": _wkv4,
-    "wkv7": _wkv7,
-    "selective_scan": _selective_scan,
+    "bi_wkv": _bi_wkv,
     "causal_conv1d": _causal_conv1d,
+    "selective_scan": _selective_scan,
+    "ssd": _ssd,
+    "token_mix": _token_mix,
     "token_shift": _token_shift,
+    "wkv4": _wkv4,
+    "wkv6": _wkv6,
+    "wkv7": _wkv7,
 }
