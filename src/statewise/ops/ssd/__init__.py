@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.ssd import parallel, reference
+from statewise.ops.ssd import native, parallel, reference
 
 __all__ = ["ssd", "ssd_step"]
 
@@ -58,7 +59,7 @@ def ssd(
         state: h ``(batch, H, P, N)`` to continue from; ``None`` means zeros.
         lengths: ``(batch,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, H, P, N)``.
-        backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
 
     Returns:
         y ``(batch, T, H, P)`` of x's dtype, and h after the last token, float32 (float64 if any input is float64).
@@ -69,11 +70,27 @@ def ssd(
     sizes = _check("ssd", "batch T", x, dt, A, B, C, D, z, dt_bias, dt_limit)
     batch, time = sizes["batch"], sizes["T"]
     rows = check_ragged("ssd", lengths, cu_seqlens, batch, time, x.device)
-    form = reference if choose("ssd", backend, x.device) == "reference" else parallel
+    chosen = choose("ssd", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = _start("ssd", state, (rows, sizes["H"], sizes["P"], sizes["N"]), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
+    if chosen == "native":
+        y, end = native.ssd(
+            [
+                x.to(dtype),
+                _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit),
+                B.to(dtype),
+                C.to(dtype),
+                None if z is None else z.to(dtype),
+            ],
+            A.to(dtype),
+            None if D is None else (D if D.dim() == 2 else D[:, None].expand(x.shape[2:])).to(dtype),
+            begin,
+            spans(batch, time, lengths, cu_seqlens),
+        )
+        return y.to(x.dtype), end
+    form = reference if chosen == "reference" else parallel
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
         valid = None if counts is None else valid_steps(counts, inputs[0].shape[1])
@@ -164,7 +181,7 @@ def _check(
     )
     if sizes["G"] < 1 or sizes["H"] % sizes["G"]:
         raise ValueError(f"{op}: B and C have {sizes['G']} groups, which do not divide {sizes['H']} heads")
-    pair = isinstance(dt_limit, (tuple, list)) and [type(end) in (int, float) for end in dt_limit] == [True, True]
+    pair = isinstance(dt_limit, (tuple, list)) and [isinstance(end, (int, float)) for end in dt_limit] == [True, True]
     if not pair or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{op}: dt_limit is {dt_limit!r}; accepted are two numbers, 0 ≤ smallest ≤ largest")
     return sizes
