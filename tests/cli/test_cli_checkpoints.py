@@ -212,7 +212,7 @@ def test_bench_times_a_peer_that_agrees_and_names_one_that_does_not(
 
     table = {"right": ("torch", right), "wrong": ("torch", wrong), "gone": ("no-such-package", right)}
     monkeypatch.setitem(peers.PEERS, "wkv4", table)
-    sizes = ("bench", "wkv4", "--lengths", "8", "--width", 8, "--repeats", 1)
+    sizes = ("bench", "wkv4", "--lengths", "8", "--width", 8, "--repeats", 1, "--backends", "torch")
     told = command(*sizes, "--json").json
     ours, agrees, differs = told["rows"]
     assert ours["who"] == "statewise torch"
