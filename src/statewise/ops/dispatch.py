@@ -24,7 +24,7 @@ _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch"),
     "causal_conv1d": ("reference", "torch", "native"),
     "selective_scan": ("reference", "torch", "native"),
-    "ssd": ("reference", "torch"),
+    "ssd": ("reference", "torch", "native"),
     "token_mix": ("reference", "torch", "native"),
     "token_shift": ("reference", "torch"),
     "wkv4": ("reference", "torch", "native"),

@@ -76,14 +76,11 @@ def ssd(
     if time == 0:
         return torch.zeros_like(x), begin
     if chosen == "native":
+        if lengths is not None:  # the one input that torch computes with where the kernel never looks
+            dt = blank(dt, valid_steps(lengths, time))
+        size = _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         y, end = native.ssd(
-            [
-                x.to(dtype),
-                _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit),
-                B.to(dtype),
-                C.to(dtype),
-                None if z is None else z.to(dtype),
-            ],
+            [None if value is None else value.to(dtype) for value in (x, size, B, C, z)],
             A.to(dtype),
             None if D is None else (D if D.dim() == 2 else D[:, None].expand(x.shape[2:])).to(dtype),
             begin,
