@@ -197,7 +197,7 @@ class Case:
         noise = torch.Generator().manual_seed(5)
         chosen, pulls = [], []
         for out in outputs:
-            pull = torch.randn(out.shape, generator=noise, dtype=torch.float64).to(dtype).to(out.dtype)
+            pull = torch.randn(out.shape, generator=noise, dtype=torch.float64).to(self.dtype).to(out.dtype)
             if out.requires_grad and not bool(torch.isinf(out).any()):
                 chosen.append(out)
                 pulls.append(pull)
