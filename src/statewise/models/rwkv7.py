@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from statewise.models.autocast import for_projections
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
 from statewise.ops.token_mix import token_mix, token_mix_step
@@ -203,9 +204,9 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = (None, None, None) if state is None else state
         if self.first:
             x = self.ln0(x)
-        added, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, steps)
+        added, v_first, att_shift, wkv = self.att(for_projections(self.ln1(x)), v_first, att_shift, wkv, steps)
         x = x + added
-        added, ffn_shift = self.ffn(self.ln2(x), ffn_shift, steps)
+        added, ffn_shift = self.ffn(for_projections(self.ln2(x)), ffn_shift, steps)
         return x + added, v_first, RWKV7LayerState(att_shift, wkv, ffn_shift)
 
 
