@@ -14,6 +14,6 @@ def for_projections(x: Tensor) -> Tensor:
     A block's normed input is mixed several times over and every mixture projected. Under autocast norms return float32,
     and each mixture would be written wide, read again and rounded: rounded before, it is mixed at half the traffic.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
