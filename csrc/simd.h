@@ -273,6 +273,18 @@ STATEWISE_INLINE void sum2(Vec<T> x, Vec<T> y, T& sum_x, T& sum_y) {
     sum_y = both[half];
 }
 
+// ---- rows: activations as sums see them; the last vector is filled up with zeros (with ones)
+
+template <class T, class IO>
+STATEWISE_INLINE void widen(const IO* from, T* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(to + i, load<T>(from + i, count - i));
+}
+
+template <class T, class IO>
+STATEWISE_INLINE void widen_exp(const IO* from, T* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(to + i, exp<T>(load<T>(from + i, count - i)));
+}
+
 // ---- scratch: a thread's own memory, aligned and padded to whole vectors
 
 template <class T>

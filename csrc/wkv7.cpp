@@ -26,16 +26,6 @@ struct Kept {  // of one chunk and head: the state before it (K, V), then what e
     static int64_t size(Shape shape) { return (shape.K + kEvery) * shape.V; }
 };
 
-template <class T, class IO>
-STATEWISE_INLINE void widen(const IO* from, T* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(to + i, load<T>(from + i, count - i));
-}
-
-template <class T, class IO>
-STATEWISE_INLINE void widen_exp(const IO* from, T* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(to + i, exp<T>(load<T>(from + i, count - i)));
-}
-
 // Columns v .. v + NV·lanes of one head of one sequence.
 template <int NV, class IO, class T>
 void forward_columns(

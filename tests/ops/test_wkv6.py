@@ -58,7 +58,7 @@ def run(inputs: list[Tensor], state: Tensor, **options: object) -> list[Tensor]:
     return [y.detach(), end.detach(), *torch.autograd.grad([y, end], leaves, [dy, dend])]
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 @pytest.mark.parametrize("name", ["op_wkv5", "op_wkv6"])
 @pytest.mark.parametrize("suffix", ["", "_s"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 5e-7), (torch.float32, 2e-5)])
@@ -125,14 +125,14 @@ def test_a_sum_by_hand() -> None:
     r = k = torch.ones(1, 3, 1, 1)
     v = torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1)
     log_w = torch.log(torch.tensor([0.1, 0.5, 0.25])).view(1, 3, 1, 1)
-    for backend in ("reference", "torch"):
+    for backend in ("reference", "torch", "native"):
         y, end = wkv6(r, log_w, k, v, torch.tensor([2.0]), backend=backend)
         torch.testing.assert_close(y.flatten(), torch.tensor([2.0, 1.0 + 20.0, 0.5 + 10.0 + 200.0]))
         torch.testing.assert_close(end.flatten(), torch.tensor([0.25 * (0.5 + 10.0) + 100.0]))
 
 
 @pytest.mark.parametrize("kind", ["rows", "heads"])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 def test_a_constant_decay_is_one_repeated(kind: str, backend: str) -> None:
     inputs, state = make(kind, T=150)
     r, log_w, k, v, u = inputs
@@ -156,7 +156,7 @@ def test_autocast_does_not_reach_inside() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_is_as_if_alone(kind: str, backend: str) -> None:
     inputs, state = make(kind, 4, 70, scale=3.0)
@@ -174,7 +174,7 @@ def test_padding_is_as_if_alone(kind: str, backend: str) -> None:
             assert torch.equal(gradient[~valid], torch.zeros_like(gradient[~valid]))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packing_is_as_if_separate(kind: str, backend: str) -> None:
     inputs, _ = make(kind, 1, 75)

@@ -28,7 +28,7 @@ _SERVED: dict[str, tuple[str, ...]] = {
     "token_mix": ("reference", "torch", "native"),
     "token_shift": ("reference", "torch"),
     "wkv4": ("reference", "torch", "native"),
-    "wkv6": ("reference", "torch"),
+    "wkv6": ("reference", "torch", "native"),
     "wkv7": ("reference", "torch", "native"),
 }
 

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.wkv6 import parallel, reference
+from statewise.ops.wkv6 import native, parallel, reference
 
 __all__ = ["wkv6", "wkv6_step"]
 
@@ -51,7 +52,7 @@ def wkv6(
         state: S ``(B, H, K, V)`` to continue from; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: outputs past a length are zero, the state is the one at the length.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, H, K, V)``.
-        backend: ``None`` (fastest), ``"reference"`` or ``"torch"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
 
     Returns:
         y ``(B, T, H, V)`` of v's dtype, and S after the last token, float32 (float64 if any input is float64).
@@ -68,12 +69,19 @@ def wkv6(
         u=(u, _letters(u, "H K")),
     )
     rows = check_ragged("wkv6", lengths, cu_seqlens, sizes["B"], sizes["T"], r.device)
-    form = choose("wkv6", backend)
+    form = choose("wkv6", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, u)
     begin = _start("wkv6", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     if sizes["T"] == 0:
         return torch.zeros_like(v), begin
-    log_w, bonus = (_rows_of_heads(x, sizes["K"]).to(dtype) for x in (log_w, u))
+    log_w, bonus = _rows_of_heads(log_w, sizes["K"]), _rows_of_heads(u, sizes["K"]).to(dtype)
+    if form == "native":
+        carried = activation_dtype(dtype, r, k, v, log_w if log_w.dim() == 4 else None)
+        where = spans(sizes["B"], sizes["T"], lengths, cu_seqlens)
+        decays = log_w.to(carried if log_w.dim() == 4 else dtype)
+        y, last = native.wkv6(r.to(carried), decays, k.to(carried), v.to(carried), bonus, begin, where)
+        return y.to(v.dtype), last
+    log_w = log_w.to(dtype)
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
         valid = None if counts is None else valid_steps(counts, inputs[0].shape[1])
@@ -117,7 +125,7 @@ def wkv6_step(
         log_w=(log_w, _letters(log_w, "B H K")),
         u=(u, _letters(u, "H K")),
     )
-    choose("wkv6", backend)
+    choose("wkv6", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, u)
     begin = _start("wkv6_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     decay, bonus = (_rows_of_heads(x, sizes["K"]).to(dtype) for x in (log_w, u))
