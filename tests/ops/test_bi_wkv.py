@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from statewise.ops import bi_wkv, bi_wkv_step
 from statewise.testing.tolerances import FORMS, bound
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "native")
 NAMES = ("k", "v", "log_w", "u")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 

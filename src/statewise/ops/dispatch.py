@@ -21,7 +21,7 @@ _PLANNED = {
 # An operator whose parallel form is its reference (a shift, a convolution window) lists both names all the same:
 # `backend="torch"` must work everywhere.
 _SERVED: dict[str, tuple[str, ...]] = {
-    "bi_wkv": ("reference", "torch"),
+    "bi_wkv": ("reference", "torch", "native"),
     "causal_conv1d": ("reference", "torch", "native"),
     "selective_scan": ("reference", "torch", "native"),
     "ssd": ("reference", "torch", "native"),

@@ -16,9 +16,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from statewise.ops.bi_wkv import parallel, reference
-from statewise.ops.checks import accumulation_dtype, check_shapes
+from statewise.ops.bi_wkv import native, parallel, reference
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes
 from statewise.ops.dispatch import choose
+from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, valid_steps
 
 __all__ = ["bi_wkv", "bi_wkv_step"]
@@ -57,10 +58,14 @@ def bi_wkv(
         raise ValueError(f"bi_wkv: state was given; accepted is None: {_NO_STATE}")
     sizes = check_shapes("bi_wkv", k=(k, "B T C"), v=(v, "B T C"), log_w=(log_w, "C"), u=(u, "C"))
     check_ragged("bi_wkv", lengths, None, sizes["B"], sizes["T"], k.device)
-    form = choose("bi_wkv", backend)
+    form = choose("bi_wkv", backend, k.device)
     dtype = accumulation_dtype(k, v, log_w, u)
     if sizes["T"] == 0:
         return torch.zeros_like(v)
+    if form == "native":
+        carried = activation_dtype(dtype, k, v)
+        where = spans(sizes["B"], sizes["T"], lengths, None)
+        return native.bi_wkv(k.to(carried), v.to(carried), log_w.to(dtype), u.to(dtype), where).to(v.dtype)
     keys, values = k.to(dtype), v.to(dtype)
     valid = None if lengths is None else valid_steps(lengths, sizes["T"])
     if valid is not None:
