@@ -17,12 +17,14 @@ constexpr int64_t kBlock = 128;         // channels of a task
 constexpr int kPiece = STATEWISE_VECTOR_BYTES / 4;  // numbers of a state that fit in registers together
 
 struct Shape {
-    int64_t D, N, G, softplus;
+    int64_t D, N, G, softplus, wide;  // wide: dt is of the dtype of sums, whatever the other activations are
 };
 
 template <class IO, class T>
 struct Inputs {
-    const IO *x, *dt, *B, *C, *z;
+    const IO* x;
+    const void* dt;
+    const IO *B, *C, *z;
     const T *A, *skip, *bias;
 };
 
@@ -36,10 +38,15 @@ struct Work {
 };
 
 template <class IO, class T>
-STATEWISE_INLINE Vec<T> step_size(const Inputs<IO, T>& in, int64_t at, int64_t c, int64_t left, int64_t softplus_on) {
-    Vec<T> dt = load<T>(in.dt + at, left);
-    if (in.bias) dt += load<T>(in.bias + c, left);
-    return softplus_on ? softplus<T>(dt) : dt;
+STATEWISE_INLINE Vec<T> raw_step(const Inputs<IO, T>& in, int64_t at, int64_t c, int64_t left, const Shape& shape) {
+    Vec<T> dt = shape.wide ? load<T>((const T*)in.dt + at, left) : load<T>((const IO*)in.dt + at, left);
+    return in.bias ? dt + load<T>(in.bias + c, left) : dt;
+}
+
+template <class IO, class T>
+STATEWISE_INLINE Vec<T> step_size(const Inputs<IO, T>& in, int64_t at, int64_t c, int64_t left, const Shape& shape) {
+    Vec<T> dt = raw_step(in, at, c, left, shape);
+    return shape.softplus ? softplus<T>(dt) : dt;
 }
 
 // (channels c .. c + width, N) of a matrix as (vectors, N, lanes), times a factor; lanes past the width are zero.
@@ -117,7 +124,7 @@ void forward_block(
                     store<T>(kept + (start / kEvery * N + n) * D + c + i, load<T>(state + n * lanes), left);
             for (int64_t t = 0; t < length; ++t) {
                 const int64_t at = (span.begin + start + t) * D + c + i;
-                Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape.softplus);
+                Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape);
                 store<T>(work.dt + t * lanes, dt);
                 store<T>(work.gain + t * lanes, dt * x);
                 store<T>(work.y + t * lanes, in.skip ? load<T>(in.skip + c + i, left) * x : Vec<T>{});
@@ -171,7 +178,9 @@ void forward(
 
 template <class IO, class T>
 struct Gradients {
-    IO *x, *dt, *z;
+    IO* x;
+    void* dt;
+    IO* z;
     T *A, *skip, *bias, *begin;
     T *B, *C;  // of one block of channels, (tokens, N)
 };
@@ -263,7 +272,7 @@ void backward_block(
             const int64_t left = width - i;
             for (int64_t t = 0; t < length; ++t) {
                 const int64_t at = (span.begin + start + t) * D + c + i;
-                Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape.softplus);
+                Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape);
                 Vec<T> g = load<T>(grad_y + at, left);
                 store<T>(work.dt + t * lanes, dt);
                 store<T>(work.gain + t * lanes, dt * x);
@@ -291,8 +300,7 @@ void backward_block(
                     store<T>(back.skip + i, load<T>(back.skip + i) + g * x);
                 }
                 if (shape.softplus) {
-                    Vec<T> raw = load<T>(in.dt + at, left);
-                    if (in.bias) raw += load<T>(in.bias + c + i, left);
+                    Vec<T> raw = raw_step(in, at, c + i, left, shape);
                     d_dt = raw > T(20) ? d_dt : d_dt * sigmoid<T>(raw);
                 }
                 if (in.bias) store<T>(back.bias + i, load<T>(back.bias + i) + d_dt);
@@ -302,7 +310,8 @@ void backward_block(
                     store<T>(out.z + at, load<T>(grad_y + at, left) * load<T>(work.y + t * lanes) * slope, left);
                 }
                 store<T>(out.x + at, d_x, left);
-                store<T>(out.dt + at, d_dt, left);
+                if (shape.wide) store<T>((T*)out.dt + at, d_dt, left);
+                else store<T>((IO*)out.dt + at, d_dt, left);
             }
         }
         for (int64_t t = 0; t < length; ++t)
@@ -371,14 +380,14 @@ void backward(
 STATEWISE_EXPORT int selective_scan_forward(
     int64_t dtype, const void* x, const void* dt, const void* B, const void* C, const void* z, const void* A,
     const void* D, const void* dt_bias, const void* spans, int64_t n, int64_t channels, int64_t N, int64_t G,
-    int64_t softplus, const void* begin, void* y, void* end, void* kept, int64_t threads) {
+    int64_t softplus, int64_t wide, const void* begin, void* y, void* end, void* kept, int64_t threads) {
     return dispatch(dtype, [&](auto io, auto t) {
         using IO = decltype(io);
         using T = decltype(t);
         forward<IO, T>(
-            Inputs<IO, T>{(const IO*)x, (const IO*)dt, (const IO*)B, (const IO*)C, (const IO*)z, (const T*)A,
+            Inputs<IO, T>{(const IO*)x, dt, (const IO*)B, (const IO*)C, (const IO*)z, (const T*)A,
                           (const T*)D, (const T*)dt_bias},
-            (const Span*)spans, n, Shape{channels, N, G, softplus}, (const T*)begin, (IO*)y, (T*)end, (T*)kept, threads);
+            (const Span*)spans, n, Shape{channels, N, G, softplus, wide}, (const T*)begin, (IO*)y, (T*)end, (T*)kept, threads);
         return true;
     });
 }
@@ -386,18 +395,18 @@ STATEWISE_EXPORT int selective_scan_forward(
 STATEWISE_EXPORT int selective_scan_backward(
     int64_t dtype, const void* x, const void* dt, const void* B, const void* C, const void* z, const void* A,
     const void* D, const void* dt_bias, const void* spans, int64_t n, int64_t channels, int64_t N, int64_t G,
-    int64_t softplus, const void* /*begin*/, const void* /*end*/, const void* kept, const void* grad_y,
+    int64_t softplus, int64_t wide, const void* /*begin*/, const void* /*end*/, const void* kept, const void* grad_y,
     const void* grad_end, void* grad_x, void* grad_dt, void* grad_B, void* grad_C, void* grad_z, void* grad_A,
     void* grad_D, void* grad_dt_bias, void* grad_begin, int64_t threads) {
     return dispatch(dtype, [&](auto io, auto t) {
         using IO = decltype(io);
         using T = decltype(t);
         backward<IO, T>(
-            Inputs<IO, T>{(const IO*)x, (const IO*)dt, (const IO*)B, (const IO*)C, (const IO*)z, (const T*)A,
+            Inputs<IO, T>{(const IO*)x, dt, (const IO*)B, (const IO*)C, (const IO*)z, (const T*)A,
                           (const T*)D, (const T*)dt_bias},
-            (const Span*)spans, n, Shape{channels, N, G, softplus}, (const T*)kept, (const IO*)grad_y,
+            (const Span*)spans, n, Shape{channels, N, G, softplus, wide}, (const T*)kept, (const IO*)grad_y,
             (const T*)grad_end,
-            Gradients<IO, T>{(IO*)grad_x, (IO*)grad_dt, (IO*)grad_z, (T*)grad_A, (T*)grad_D, (T*)grad_dt_bias,
+            Gradients<IO, T>{(IO*)grad_x, grad_dt, (IO*)grad_z, (T*)grad_A, (T*)grad_D, (T*)grad_dt_bias,
                              (T*)grad_begin, nullptr, nullptr},
             (IO*)grad_B, (IO*)grad_C, threads);
         return true;

@@ -131,6 +131,31 @@ def test_a_broken_library_is_told(tmp_path: Path) -> None:
     assert "cannot be loaded" in broken.reason
 
 
+@every_compiled_case
+def test_float64_parameters_beside_bfloat16_activations(case: OpCase) -> None:
+    inputs = case.inputs(2, 20)
+    mixed = {name: x.bfloat16() if name in case.time else x for name, x in inputs.items()}
+    if len(mixed) == len(case.time):
+        pytest.skip("no parameters")
+    got, _ = case.call(mixed, case.begin(2), backend="native")
+    want, _ = case.call({name: x.double() for name, x in mixed.items()}, case.begin(2), backend="reference")
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want.bfloat16())
+
+
+def test_a_wide_step_size_beside_bfloat16_activations() -> None:
+    """Mamba's dt keeps float32 under autocast; nothing else has to be widened for it."""
+    case = next(case for case in CASES if case.id == "scan-full")
+    drawn = case.inputs(2, 40, torch.float32)
+    low = {name: x.bfloat16() if name in case.time and name != "dt" else x for name, x in drawn.items()}
+    state = case.begin(2, torch.float32)
+    got = laws.run(case, low, state, backend="native")
+    wide = laws.run(case, {name: x.float() for name, x in low.items()}, state, backend="native")
+    assert got.gradients["dt"].dtype == torch.float32
+    assert torch.equal(got.y, wide.y.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(got.state, wide.state, strict=True))
+
+
 def test_the_meta_device_is_not_served() -> None:
     """Kernels read addresses: only tensors that have one may reach them."""
     x = torch.empty(2, 3, 4, device="meta")

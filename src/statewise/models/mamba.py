@@ -156,8 +156,7 @@ class StepProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
-        wide = accumulation_dtype(y)
-        return y.to(wide) + self.bias.to(wide)
+        return y + self.bias.to(accumulation_dtype(y))  # promoted with the bias: one pass
 
 
 class _Steps(NamedTuple):

@@ -63,5 +63,7 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def activation_dtype(sums: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
-    """What a compiled kernel reads and writes: bfloat16 when all inputs are, the dtype of sums otherwise."""
-    return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tensors) else sums
+    """What a compiled kernel reads and writes: bfloat16 when all ``tensors`` are and sums are float32, the dtype of
+    sums otherwise."""
+    half = sums == torch.float32 and all(t is None or t.dtype == torch.bfloat16 for t in tensors)
+    return torch.bfloat16 if half else sums

@@ -74,9 +74,11 @@ def selective_scan(
     if B.dim() == 3:
         B, C = B[:, :, None], C[:, :, None]
     if chosen == "native":
-        carried = activation_dtype(dtype, x, dt, B, C, z)
+        carried = activation_dtype(dtype, x, B, C, z)
+        steps = dt.to(activation_dtype(dtype, x, dt, B, C, z))
+        x_, B_, C_, z_ = (None if value is None else value.to(carried) for value in (x, B, C, z))
         y, last = native.selective_scan(
-            [None if value is None else value.to(carried) for value in (x, dt, B, C, z)],
+            [x_, steps, B_, C_, z_],
             [None if value is None else value.to(dtype) for value in (A, D, dt_bias)],
             dt_softplus,
             begin,

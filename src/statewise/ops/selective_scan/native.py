@@ -24,7 +24,12 @@ def _register(name: str, softplus: bool) -> Callable[..., tuple[Tensor, ...]]:
         state=("state",),
         output="x",
         optional=("z", "D", "dt_bias"),
-        sizes=lambda inputs, parameters, state: (*state[0].shape[1:], _groups(inputs[2]), int(softplus)),
+        sizes=lambda inputs, parameters, state: (
+            *state[0].shape[1:],
+            _groups(inputs[2]),
+            int(softplus),
+            int(inputs[1] is not None and inputs[1].dtype == state[0].dtype),
+        ),
         kept=lambda slots, state: (slots, state[0].shape[2], state[0].shape[1]),
         every=8,
         function="selective_scan",
@@ -38,9 +43,10 @@ _softplus = _register("selective_scan_softplus", True)
 def selective_scan(
     inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None], softplus: bool, state: Tensor, spans: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sequences ``spans`` of the rows of x, dt, B, C, z ``(batch, T, ...)``, all of one dtype; B and C have groups.
+    """Sequences ``spans`` of the rows of x, dt, B, C, z ``(batch, T, ...)``; B and C have groups.
 
-    A, D and dt_bias have the dtype of sums; z, D and dt_bias may be ``None``.
+    They are of one dtype, but dt may be of that of sums, for a step size that half precision would round too far. A, D
+    and dt_bias have the dtype of sums; z, D and dt_bias may be ``None``.
     """
     form = _softplus if softplus else _plain
     y, end = form(*[None if x is None else x.flatten(0, 1) for x in inputs], *parameters, state, spans)
