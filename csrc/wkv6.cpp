@@ -2,9 +2,9 @@
 //
 //     y_t = S_{t-1}^T r_t + (r_t . (u k_t)) v_t        S_t = diag(exp log_w_t) S_{t-1} + k_t v_t^T
 //
-// As wkv7.cpp, without what a token finds: forward keeps columns in lanes, and an element of S is loaded and stored once a
-// token; backward keeps rows in lanes (S transposed), where four of its five sums run over columns, and recomputes the
-// states of a chunk from the one kept at its start. No division by a decay.
+// As wkv7.cpp, without what a token finds: forward keeps columns in lanes, and an element of S is loaded and stored
+// once a token; backward keeps rows in lanes (S transposed), where four of its five sums run over columns, and
+// recomputes the states of a chunk from the one kept at its start. No division by a decay.
 
 #include "rows.h"
 #include "simd.h"
@@ -23,6 +23,17 @@ struct Inputs {
     const IO *r, *log_w, *k, *v;
     const T *constant, *u;
 };
+
+// exp(log_w), and zero where that falls below the normal numbers: exp() stops just there, and a row that is forgotten
+// would leave a trace in what follows and in its gradients.
+template <class T, class IO>
+STATEWISE_INLINE void widen_decay(const IO* from, T* to, int64_t count) {
+    constexpr T least = T(1 - Float<T>::bias) * kLn2<T>;
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+        Vec<T> x = load<T>(from + i, count - i);
+        store<T>(to + i, x < least ? Vec<T>{} : exp<T>(x));
+    }
+}
 
 // r . (u k), all padded with zeros
 template <class T>
@@ -47,7 +58,7 @@ void forward_columns(
         for (int64_t j = 0; j < width; j += lanes)
             store<T>(S + i * width + j, j < columns ? load<T>(begin + i * V + column + j, columns - j) : Vec<T>{});
     widen<T>(in.u + head * K, U, K);
-    if (in.constant) widen_exp<T>(in.constant + head * K, W, K);
+    if (in.constant) widen_decay<T>(in.constant + head * K, W, K);
     for (int64_t t = 0; t < span.count; ++t) {
         const int64_t token = (span.begin + t) * shape.H + head;
         if (kept && t % kEvery == 0)
@@ -58,7 +69,7 @@ void forward_columns(
                         columns - j);
         widen<T>(in.r + token * K, R, K);
         widen<T>(in.k + token * K, Ks, K);
-        if (in.log_w) widen_exp<T>(in.log_w + token * K, W, K);
+        if (in.log_w) widen_decay<T>(in.log_w + token * K, W, K);
         const T bonus = bonus_of(R, U, Ks, padded);
         Vec<T> value[NV], out[NV];
         for (int j = 0; j < NV; ++j) {
@@ -192,6 +203,8 @@ void backward_head(
     for (int64_t i = 0; i < K; ++i)
         for (int64_t c = 0; c < V; ++c) chunk.grad[c * rows + i] = grad_end[i * V + c];
     widen<T>(in.u + head * K, chunk.u, K);
+    if (in.constant)
+        for (int64_t t = 0; t < kEvery; ++t) widen_decay<T>(in.constant + head * K, chunk.w + t * rows, K);
     std::fill((T*)chunk.sum_w, chunk.sum_w + rows, T(0));
     std::fill((T*)chunk.sum_u, chunk.sum_u + rows, T(0));
     const Gradients<T> out{scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows};
@@ -203,8 +216,7 @@ void backward_head(
             const int64_t token = (span.begin + start + t) * shape.H + head;
             widen<T>(in.r + token * K, chunk.r + t * rows, K);
             widen<T>(in.k + token * K, chunk.k + t * rows, K);
-            if (in.log_w) widen_exp<T>(in.log_w + token * K, chunk.w + t * rows, K);
-            else widen_exp<T>(in.constant + head * K, chunk.w + t * rows, K);
+            if (in.log_w) widen_decay<T>(in.log_w + token * K, chunk.w + t * rows, K);
             widen<T>(in.v + token * V, chunk.v + t * columns, V);
             widen<T>(grad_y + token * V, chunk.grad_y + t * columns, V);
         }

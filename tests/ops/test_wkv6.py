@@ -83,6 +83,7 @@ def test_published_kernels(
         assert relative(gradient, golden[f"g_{leaf}{suffix}"]) <= bound, leaf
 
 
+@pytest.mark.parametrize("fast_form", ["torch", "native"])
 @settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
@@ -96,26 +97,37 @@ def test_published_kernels(
     padded=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-def test_parallel_equals_reference(
-    kind: str, T: int, B: int, H: int, K: int, V: int, scale: float, erased: float, padded: bool, seed: int
+def test_fast_forms_equal_reference(
+    fast_form: str,
+    kind: str,
+    T: int,
+    B: int,
+    H: int,
+    K: int,
+    V: int,
+    scale: float,
+    erased: float,
+    padded: bool,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     inputs, state = make(kind, B, T, H, K, V, scale=scale, erased=erased)
     lengths = torch.randint(T + 1, (B,)) if padded else None
-    fast, slow = (run(inputs, state, lengths=lengths, backend=backend) for backend in ("torch", "reference"))
+    fast, slow = (run(inputs, state, lengths=lengths, backend=backend) for backend in (fast_form, "reference"))
     for one, other in zip(fast, slow, strict=True):
         assert torch.isfinite(one).all()
         assert (one - other).norm() <= 1e-10 * other.norm() + 1e-13
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("kind", ["token", "rows"])
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 0.6, 3.0, 50.0, 1e4])
-def test_float32_keeps_its_digits(kind: str, scale: float) -> None:
+def test_float32_keeps_its_digits(backend: str, kind: str, scale: float) -> None:
     inputs, state = make(kind, 1, 200, 2, 16, 16, scale=scale)
     single, begin = [x.float() for x in inputs], state.float()
     # The truth starts from the very numbers float32 was given.
     truth = run([x.double() for x in single], begin.double(), backend="reference")
-    for got, want in zip(run(single, begin, backend="torch"), truth, strict=True):
+    for got, want in zip(run(single, begin, backend=backend), truth, strict=True):
         # What is below float32's range (a gradient of 1e-212) is rightly zero.
         assert (got.double() - want).norm() <= 2e-5 * want.norm() + torch.finfo(torch.float32).tiny
 
@@ -145,6 +157,19 @@ def test_a_constant_decay_is_one_repeated(kind: str, backend: str) -> None:
     other[6] = other[6].sum(1) if kind == "heads" else other[6]
     for a, b in zip(one, other, strict=True):
         assert relative(a, b) <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_erased_is_gone(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """However large it was, and from gradients too: no least number in place of a decay of zero."""
+    inputs, state = make(kind, T=20, erased=1.0)
+    inputs, state = [x.to(dtype) for x in inputs], state.to(dtype) * torch.finfo(dtype).max ** 0.9
+    y, end, *gradients = run(inputs, state, backend=backend)
+    assert torch.equal(end, inputs[2][:, -1, :, :, None] * inputs[3][:, -1, :, None, :])
+    assert y[:, 2:].abs().max() < 1e3
+    assert not gradients[1].any()
 
 
 def test_autocast_does_not_reach_inside() -> None:
@@ -203,12 +228,13 @@ def test_cut_anywhere_and_step(kind: str, at: int) -> None:
         torch.testing.assert_close(after, wkv6(*cut(inputs, rows, slice(at + 1)), state)[1], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.6, 30.0])
-def test_gradcheck(kind: str, scale: float) -> None:
+def test_gradcheck(backend: str, kind: str, scale: float) -> None:
     inputs, state = make(kind, 1, 6, 1, 3, 2, scale=scale)
     leaves = [x.requires_grad_() for x in (*inputs, state)]
-    assert torch.autograd.gradcheck(lambda *x: wkv6(*x, backend="torch"), leaves)
+    assert torch.autograd.gradcheck(lambda *x: wkv6(*x, backend=backend), leaves)
 
 
 def test_dtypes_and_inputs_untouched() -> None:
@@ -228,10 +254,11 @@ def test_dtypes_and_inputs_untouched() -> None:
     assert torch.equal(end, state)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_rows(kind: str) -> None:
+def test_no_rows(backend: str, kind: str) -> None:
     inputs, state = make(kind, 0)
-    y, end, *gradients = run(inputs, state, backend="torch")
+    y, end, *gradients = run(inputs, state, backend=backend)
     assert (y.shape, end.shape) == ((0, 37, 2, 5), (0, 2, 8, 5))
     assert all(float(gradient.abs().sum()) == 0 for gradient in gradients)
 
