@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Library", "blank_like", "call_kernel", "library", "load", "register_kernels", "spans"]
+__all__ = ["Library", "blank_like", "call_kernel", "library", "load", "on_large_pages", "register_kernels", "spans"]
 
 # What a kernel calls a dtype of activations (csrc/rows.h).
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+_LARGE = 4 << 20  # bytes from which large pages are worth asking for: two of them
 
 #: torch's name for what the processor can do → libraries that run on it, best first.
 _SERVES = {
@@ -75,9 +77,17 @@ def spans(batch: int, time: int, lengths: Tensor | None, cu_seqlens: Tensor | No
 
 def blank_like(x: Tensor, where: Tensor) -> Tensor:
     """Room for a tensor like ``x`` ``(tokens, ...)``; zeros where no sequence covers it."""
-    whole = int(where[:, 1].sum()) == x.shape[0]
-    make = torch.empty_like if whole else torch.zeros_like
-    return make(x, memory_format=torch.contiguous_format)
+    if int(where[:, 1].sum()) == x.shape[0]:
+        return on_large_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
+def on_large_pages(x: Tensor) -> Tensor:
+    """``x``, fresh and about to be written: the system is asked to back it with large pages (see csrc/memory.cpp)."""
+    functions = library().functions
+    if x.nbytes >= _LARGE and functions is not None:
+        functions.advise_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
+    return x
 
 
 Argument = Tensor | list[Tensor] | int | None
@@ -190,7 +200,7 @@ def register_kernels(
         model = inputs[time.index(output)]
         y = blank_like(model, where)
         ends = [torch.empty_like(leaf) for leaf in leaves]
-        states = room(keep, model.shape[0], where.shape[0], leaves)
+        states = on_large_pages(room(keep, model.shape[0], where.shape[0], leaves))
         where = where.contiguous()
         if states.numel():
             clear_unused(states, where)
