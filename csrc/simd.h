@@ -216,15 +216,18 @@ STATEWISE_INLINE Vec<double> exp2_fraction(Vec<double> f) {
     return q * x + 1.0;
 }
 
-// 2^x for any x below 127.5 (1023.5). From -126 (-1022) down, as for -inf, the least normal number or just below it:
-// what multiplies it is gone all the same.
+// 2^x for any x below 127.5 (1023.5). Exactly 0 below -126 (-1022), where normal numbers end: what is forgotten leaves no
+// trace, in gradients neither.
 template <class T>
 STATEWISE_INLINE Vec<T> exp2(Vec<T> x) {
-    x = at_least<T>(x, splat<T>(T(1 - Float<T>::bias)));
+    const Vec<T> least = splat<T>(T(1 - Float<T>::bias));
+    Int<T> gone = x < least;
+    x = at_least<T>(x, least);
     Vec<T> whole = x + Float<T>::to_integer;
     Vec<T> fraction = x - (whole - Float<T>::to_integer);
     // An integer addition to the exponent, as multiplications are what these kernels are short of.
-    return bits_of<Vec<T>>(bits_of<Int<T>>(exp2_fraction(fraction)) + (bits_of<Int<T>>(whole) << Float<T>::exponent_bits));
+    Int<T> bits = bits_of<Int<T>>(exp2_fraction(fraction)) + (bits_of<Int<T>>(whole) << Float<T>::exponent_bits);
+    return gone ? Vec<T>{} : bits_of<Vec<T>>(bits);
 }
 
 template <class T>

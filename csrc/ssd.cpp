@@ -195,8 +195,7 @@ struct Chunk {
         for (int64_t t = 0; t < kChunk; ++t) dt[t] = t < length ? in.dt[(token + t) * shape.H + head] : T(0);
         for (int64_t t = 0; t < kChunk; t += lanes) {
             Vec<T> power = load<T>(dt + t) * (in.A[head] * kLog2E<T>);
-            // exp2 stops at the least normal number, but a huge step forgets exactly
-            store<T>(decay + t, power < T(1 - Float<T>::bias) ? Vec<T>{} : exp2<T>(power));
+            store<T>(decay + t, exp2<T>(power));
         }
         for (int64_t t = length; t < kChunk; ++t) decay[t] = T(1);
         T product = 1;

@@ -24,17 +24,6 @@ struct Inputs {
     const T *constant, *u;
 };
 
-// exp(log_w), and zero where that falls below the normal numbers: exp() stops just there, and a row that is forgotten
-// would leave a trace in what follows and in its gradients.
-template <class T, class IO>
-STATEWISE_INLINE void widen_decay(const IO* from, T* to, int64_t count) {
-    constexpr T least = T(1 - Float<T>::bias) * kLn2<T>;
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-        Vec<T> x = load<T>(from + i, count - i);
-        store<T>(to + i, x < least ? Vec<T>{} : exp<T>(x));
-    }
-}
-
 // r . (u k), all padded with zeros
 template <class T>
 STATEWISE_INLINE T bonus_of(const T* r, const T* u, const T* k, int64_t padded) {
@@ -58,7 +47,7 @@ void forward_columns(
         for (int64_t j = 0; j < width; j += lanes)
             store<T>(S + i * width + j, j < columns ? load<T>(begin + i * V + column + j, columns - j) : Vec<T>{});
     widen<T>(in.u + head * K, U, K);
-    if (in.constant) widen_decay<T>(in.constant + head * K, W, K);
+    if (in.constant) widen_exp<T>(in.constant + head * K, W, K);
     for (int64_t t = 0; t < span.count; ++t) {
         const int64_t token = (span.begin + t) * shape.H + head;
         if (kept && t % kEvery == 0)
@@ -69,7 +58,7 @@ void forward_columns(
                         columns - j);
         widen<T>(in.r + token * K, R, K);
         widen<T>(in.k + token * K, Ks, K);
-        if (in.log_w) widen_decay<T>(in.log_w + token * K, W, K);
+        if (in.log_w) widen_exp<T>(in.log_w + token * K, W, K);
         const T bonus = bonus_of(R, U, Ks, padded);
         Vec<T> value[NV], out[NV];
         for (int j = 0; j < NV; ++j) {
@@ -204,7 +193,7 @@ void backward_head(
         for (int64_t c = 0; c < V; ++c) chunk.grad[c * rows + i] = grad_end[i * V + c];
     widen<T>(in.u + head * K, chunk.u, K);
     if (in.constant)
-        for (int64_t t = 0; t < kEvery; ++t) widen_decay<T>(in.constant + head * K, chunk.w + t * rows, K);
+        for (int64_t t = 0; t < kEvery; ++t) widen_exp<T>(in.constant + head * K, chunk.w + t * rows, K);
     std::fill((T*)chunk.sum_w, chunk.sum_w + rows, T(0));
     std::fill((T*)chunk.sum_u, chunk.sum_u + rows, T(0));
     const Gradients<T> out{scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows};
@@ -216,7 +205,7 @@ void backward_head(
             const int64_t token = (span.begin + start + t) * shape.H + head;
             widen<T>(in.r + token * K, chunk.r + t * rows, K);
             widen<T>(in.k + token * K, chunk.k + t * rows, K);
-            if (in.log_w) widen_decay<T>(in.log_w + token * K, chunk.w + t * rows, K);
+            if (in.log_w) widen_exp<T>(in.log_w + token * K, chunk.w + t * rows, K);
             widen<T>(in.v + token * V, chunk.v + t * columns, V);
             widen<T>(grad_y + token * V, chunk.grad_y + t * columns, V);
         }

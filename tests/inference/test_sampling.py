@@ -113,7 +113,8 @@ def test_what_is_drawn_lies_in_the_set_the_definition_gives(
     logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
 ) -> None:
     weights = [math.exp((value - max(logits)) / temperature) for value in torch.tensor(logits).double().tolist()]
-    ranked = sorted(range(len(logits)), key=lambda token: (-weights[token], token))[: top_k or None]
+    # By logits: two that differ may still have equal weights.
+    ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: top_k or None]
     total, mass, allowed = sum(weights[token] for token in ranked), 0.0, set()
     for token in ranked:
         if allowed and mass / total >= top_p + 1e-9:  # rounding may decide at the very edge

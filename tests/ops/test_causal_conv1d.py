@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statewise.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
-backends = pytest.mark.parametrize("backend", ["reference", "torch"])
+backends = pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -143,7 +143,7 @@ def test_half_inputs_sum_in_float32() -> None:
         ({"bias": torch.zeros(4)}, "bias has shape"),
         ({"activation": "relu"}, "'relu'; accepted are None, 'silu', 'swish'"),
         ({"state": torch.zeros(2, 4, 3)}, r"state has shape \(2, 4, 3\); accepted is \(2, 3, 3\)"),
-        ({"backend": "native"}, "cannot serve"),
+        ({"backend": "triton"}, "cannot serve"),
     ],
 )
 def test_refusals(change: dict[str, object], message: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statewise.ops.selective_scan import parallel, selective_scan, selective_scan_step
 
-backends = pytest.mark.parametrize("backend", ["reference", "torch"])
+backends = pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 
 CASES = (
     "usual",
