@@ -29,6 +29,7 @@ from benchmarks.plot import draw_growth, growth_table
 from statewise import ops
 from statewise.files import atomic_write
 from statewise.testing.peers import PEERS, Peer, Run, find_peers, rwkv_lm_loop
+from statewise.testing.peers import ours as our_operator
 
 SHAPES = {
     "wkv4": "B4 C512",
@@ -102,15 +103,8 @@ def draw(op: str, time: int, dtype: torch.dtype = torch.float32) -> dict[str, Te
 
 
 def ours(op: str, backend: str) -> Run:
-    """Our own operator, as a peer is run."""
-    function, options = getattr(ops, op.split("-")[0]), _options(op)
-
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        result = function(**inputs, **options, backend=backend)
-        y = result if isinstance(result, Tensor) else result[0]  # bi_wkv has no state
-        return y if isinstance(y, Tensor) else torch.stack(y, -1)  # token_mix has several outputs
-
-    return run
+    """Our own operator, with the options of its shape in SHAPES."""
+    return our_operator(op.split("-")[0], backend, **_options(op))
 
 
 def measure(

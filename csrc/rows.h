@@ -40,6 +40,16 @@ bool with_vectors(int64_t vectors, Kernel kernel) {
     return false;
 }
 
+// How many vectors of a matrix state's columns one task takes, 4, 2 or 1: as many as registers hold, unless lanes would
+// stay empty or threads go without.
+inline int64_t column_vectors(int64_t columns, int64_t matrices, int64_t threads, int64_t lanes) {
+    int64_t vectors = 4;
+    while (vectors > 1 && ((vectors / 2) * lanes >= columns ||
+                           matrices * ((columns + vectors * lanes - 1) / (vectors * lanes)) < threads))
+        vectors /= 2;
+    return vectors;
+}
+
 // Where the states kept for backward of sequence i start, one every `every` tokens: in order, never overlapping, and
 // known without adding up, since floor(begin / every) + i grows by at least the slots sequence i takes.
 inline int64_t first_slot(const Span* spans, int64_t i, int64_t every) { return spans[i].begin / every + i; }

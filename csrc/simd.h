@@ -126,12 +126,6 @@ STATEWISE_INLINE void store(E* p, Vec<T> x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = whole[i];
 }
 
-template <class T>
-STATEWISE_INLINE T scalar(T x) {
-    return x;
-}
-STATEWISE_INLINE float scalar(bf16 x) { return bits_of<float>(uint32_t(x.bits) << 16); }
-
 // ---- arithmetic
 
 // Where x is NaN, x: a NaN that came in goes out.

@@ -94,10 +94,7 @@ void forward(
     const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* a, const IO* b, const Span* spans, int64_t n,
     Shape shape, const T* begin, IO* y, T* end, T* kept, int64_t threads) {
     constexpr int64_t lanes = kLanes<T>;
-    int64_t vectors = 4;  // a task's columns: as wide as registers allow, unless threads would go without
-    while (vectors > 1 && ((vectors / 2) * lanes >= shape.V ||
-                           n * shape.H * ((shape.V + vectors * lanes - 1) / (vectors * lanes)) < threads))
-        vectors /= 2;
+    const int64_t vectors = column_vectors(shape.V, n * shape.H, threads, lanes);
     const int64_t width = vectors * lanes, blocks = (shape.V + width - 1) / width;
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
     {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -44,7 +44,7 @@ class Options:
     json: Annotated[bool, "print one JSON document"] = False
 
 
-_Runner = Callable[[dict[str, "Tensor"]], "Tensor"]
+_Runner = Callable[[Mapping[str, "Tensor"]], "Tensor"]
 
 
 class _Contest(NamedTuple):
@@ -279,6 +279,7 @@ def _contest(options: Options, length: int, device: torch.device) -> _Contest:
     from statewise import ops
     from statewise.cli.checkpoints import DTYPES
     from statewise.models import create, list_models
+    from statewise.testing.peers import ours
 
     name, batch, width = options.target, options.batch_size, options.width
     if name in list_models():
@@ -294,17 +295,9 @@ def _contest(options: Options, length: int, device: torch.device) -> _Contest:
         for key, leaf in inputs.items()
     }
 
-    def ours(backend: str) -> _Runner:
-        def run(given: dict[str, Tensor]) -> Tensor:
-            result = getattr(ops, name)(**given, backend=backend)
-            y = result if isinstance(result, torch.Tensor) else result[0]  # bi_wkv has no state
-            return y if isinstance(y, torch.Tensor) else torch.stack(y, -1)  # token_mix has several outputs
-
-        return run
-
     served = [backend for backend, status in reversed(ops.backends()[name].items()) if status.serves]
     wanted = [backend for backend in served if backend != "reference"] if options.backends is None else options.backends
-    runners = {f"statewise {backend}": ours(backend) for backend in wanted}
+    runners = {f"statewise {backend}": ours(name, backend) for backend in wanted}
     return _Contest(inputs, runners, flops)
 
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from statewise.models.autocast import for_projections
+from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
-from statewise.ops.token_mix import token_mix, token_mix_step
+from statewise.ops.token_mix import token_mix
 from statewise.ops.wkv4 import wkv4, wkv4_step
 from statewise.state import ModelState, RWKV4LayerState, WKV4State
 
@@ -75,12 +75,6 @@ def _single(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: WKV4State | N
     """:func:`wkv4` for T = 1, by its step form."""
     y, state = wkv4_step(k[:, 0], v[:, 0], log_w, u, state)
     return y[:, None], state
-
-
-def _single_mix(x: Tensor, mix: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-    """:func:`token_mix` for T = 1, by its step form."""
-    mixtures, last = token_mix_step(x[:, 0], mix, state)
-    return tuple(y[:, None] for y in mixtures), last
 
 
 def _from_before(*shares: Tensor) -> Tensor:
@@ -212,7 +206,7 @@ class RWKV4(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV4.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(_single_mix, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(mix_one, _single))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from statewise.models.autocast import for_projections
+from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
-from statewise.ops.token_mix import token_mix, token_mix_step
+from statewise.ops.token_mix import token_mix
 from statewise.ops.wkv7 import wkv7, wkv7_step
 from statewise.state import ModelState, RWKV7LayerState
 
@@ -100,12 +100,6 @@ def _single(
     """:func:`wkv7` for T = 1, by its step form."""
     y, state = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], state)
     return y[:, None], state
-
-
-def _single_mix(x: Tensor, mix: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-    """:func:`token_mix` for T = 1, by its step form."""
-    mixtures, last = token_mix_step(x[:, 0], mix, state)
-    return tuple(y[:, None] for y in mixtures), last
 
 
 class TimeMix(nn.Module):
@@ -261,7 +255,7 @@ class RWKV7(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV7.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(_single_mix, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(mix_one, _single))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:

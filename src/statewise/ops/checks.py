@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "activation_dtype", "check_shapes", "check_state"]
+__all__ = ["accumulation_dtype", "activation_dtype", "check_shapes", "check_state", "start_state"]
 
 
 def check_shapes(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
@@ -55,6 +55,14 @@ def check_state(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], devi
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; accepted are floating-point dtypes")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} lies on {tensor.device}, the inputs on {device}")
+
+
+def start_state(op: str, state: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state to begin with, of ``dtype`` and on the device of ``like``: zeros, or ``state`` checked."""
+    if state is None:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    check_state(op, "state", state, shape, like.device)
+    return state.to(dtype)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -56,7 +56,7 @@ def _status(op: str, name: str, device: torch.device) -> BackendStatus:
     return BackendStatus(True, "")
 
 
-def choose(op: str, requested: str | None, device: torch.device = _CPU) -> str:
+def choose(op: str, requested: str | None, device: torch.device) -> str:
     """The backend that runs ``op`` on ``device``: the fastest that serves, or the one asked for.
 
     Raises:

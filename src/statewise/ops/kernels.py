@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Library", "blank_like", "call_kernel", "library", "load", "on_large_pages", "register_kernels", "spans"]
+__all__ = [
+    "Library",
+    "blank_like",
+    "call_kernel",
+    "covers",
+    "library",
+    "load",
+    "on_large_pages",
+    "register_kernels",
+    "spans",
+]
 
 # What a kernel calls a dtype of activations (csrc/rows.h).
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -75,9 +85,14 @@ def spans(batch: int, time: int, lengths: Tensor | None, cu_seqlens: Tensor | No
     return torch.stack([starts, counts], 1)
 
 
-def blank_like(x: Tensor, where: Tensor) -> Tensor:
-    """Room for a tensor like ``x`` ``(tokens, ...)``; zeros where no sequence covers it."""
-    if int(where[:, 1].sum()) == x.shape[0]:
+def covers(where: Tensor, tokens: int) -> bool:
+    """Whether every token belongs to one of the sequences ``where``."""
+    return int(where[:, 1].sum()) == tokens
+
+
+def blank_like(x: Tensor, whole: bool) -> Tensor:
+    """Room for a tensor like ``x`` ``(tokens, ...)``; zeros unless a kernel will write the whole of it."""
+    if whole:
         return on_large_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
@@ -198,7 +213,7 @@ def register_kernels(
         *tensors, where, keep = arguments
         inputs, parameters, leaves = sort(contiguous(tensors))
         model = inputs[time.index(output)]
-        y = blank_like(model, where)
+        y = blank_like(model, covers(where, model.shape[0]))
         ends = [torch.empty_like(leaf) for leaf in leaves]
         states = on_large_pages(room(keep, model.shape[0], where.shape[0], leaves))
         where = where.contiguous()
@@ -233,9 +248,9 @@ def register_kernels(
         where, *rest = contiguous(arguments[len(names) :])
         ends, states, grads = rest[:n_state], rest[n_state], rest[n_state + 1 :]
         model = inputs[time.index(output)]
-        rows = where.shape[0]
+        rows, whole = where.shape[0], covers(where, model.shape[0])
         # An operator cannot return None: an empty tensor, each its own, stands for it.
-        d_inputs = [leaves[0].new_empty(0) if x is None else blank_like(x, where) for x in inputs]
+        d_inputs = [leaves[0].new_empty(0) if x is None else blank_like(x, whole) for x in inputs]
         d_parameters = [leaves[0].new_empty(0) if p is None else p.new_empty(rows, *p.shape) for p in parameters]
         d_leaves = [torch.empty_like(leaf) for leaf in leaves]
         given = [None if p is None else d for p, d in zip([*inputs, *parameters], d_inputs + d_parameters, strict=True)]

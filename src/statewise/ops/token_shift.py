@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, check_shapes, check_state, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.ragged import blank, check_ragged, valid_steps
 
@@ -43,13 +43,9 @@ def token_shift(
     sizes = check_shapes("token_shift", x=(x, "B T C"))
     batch, time, channels = sizes["B"], sizes["T"], sizes["C"]
     rows = check_ragged("token_shift", lengths, cu_seqlens, batch, time, x.device)
-    choose("token_shift", backend)
+    choose("token_shift", backend, x.device)
     dtype = accumulation_dtype(x)
-    if state is None:
-        state = x.new_zeros(rows, channels, dtype=dtype)
-    else:
-        check_state("token_shift", "state", state, (rows, channels), x.device)
-        state = state.to(dtype)
+    state = start_state("token_shift", state, (rows, channels), x, dtype)
     if time == 0:
         return torch.zeros_like(x), state
     first = state.to(x.dtype)
@@ -74,7 +70,7 @@ def token_shift(
 def token_shift_step(x: Tensor, state: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """One step: x ``(B, C)`` → the step before it, and x as the new state. Otherwise as :func:`token_shift`."""
     sizes = check_shapes("token_shift_step", x=(x, "B C"))
-    choose("token_shift", backend)
+    choose("token_shift", backend, x.device)
     dtype = accumulation_dtype(x)
     if state is None:
         return torch.zeros_like(x), x.to(dtype, copy=True)

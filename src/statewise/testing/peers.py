@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PEERS", "Peer", "Run", "find_peers", "rwkv_lm_loop"]
+from statewise import ops
+
+__all__ = ["PEERS", "Peer", "Run", "find_peers", "ours", "rwkv_lm_loop"]
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -27,6 +29,18 @@ class Peer(NamedTuple):
     name: str
     version: str
     run: Run
+
+
+def ours(op: str, backend: str, **options: Any) -> Run:
+    """Our own operator, as a peer is run: one tensor, whatever the operator returns."""
+    function = getattr(ops, op)
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        result = function(**inputs, **options, backend=backend)
+        y = result if isinstance(result, Tensor) else result[0]  # bi_wkv has no state
+        return y if isinstance(y, Tensor) else torch.stack(y, -1)  # token_mix has several outputs
+
+    return run
 
 
 def _transformers_wkv4() -> Run:

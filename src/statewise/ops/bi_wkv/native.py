@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewise.ops.kernels import blank_like, call_kernel
+from statewise.ops.kernels import blank_like, call_kernel, covers
 
 __all__ = ["bi_wkv"]
 
@@ -20,9 +20,10 @@ __all__ = ["bi_wkv"]
 )
 def _forward(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     k, v, log_w, u, spans = (given.contiguous() for given in (k, v, log_w, u, spans))
-    y = blank_like(v, spans)
+    whole = covers(spans, v.shape[0])
+    y = blank_like(v, whole)
     kept = _room(v, log_w, keep)
-    if keep and int(spans[:, 1].sum()) < v.shape[0]:
+    if keep and not whole:
         kept.zero_()  # nothing returned is left to chance
     sizes = (spans.shape[0], v.shape[1], v.shape[0])
     call_kernel("bi_wkv_forward", v.dtype, k, v, log_w, u, spans, *sizes, y, kept if keep else None)
@@ -50,7 +51,8 @@ def _backward(
     k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, kept: Tensor, grad_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, v, log_w, u, spans, kept, grad_y = (x.contiguous() for x in (k, v, log_w, u, spans, kept, grad_y))
-    d_k, d_v = blank_like(k, spans), blank_like(v, spans)
+    whole = covers(spans, v.shape[0])
+    d_k, d_v = blank_like(k, whole), blank_like(v, whole)
     d_log_w, d_u = (x.new_empty(spans.shape[0], *x.shape) for x in (log_w, u))
     sizes = (spans.shape[0], v.shape[1], v.shape[0])
     call_kernel("bi_wkv_backward", v.dtype, k, v, log_w, u, spans, *sizes, kept, grad_y, d_k, d_v, d_log_w, d_u)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops.causal_conv1d import native, parallel, reference
-from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
@@ -58,7 +58,7 @@ def causal_conv1d(
     rows = check_ragged(op, lengths, cu_seqlens, batch, time, x.device)
     form = choose(op, backend, x.device)
     dtype = accumulation_dtype(x, weight, bias)
-    begin = _start(op, state, (rows, width - 1, x.shape[-1]), x, dtype)
+    begin = start_state(op, state, (rows, width - 1, x.shape[-1]), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -99,7 +99,7 @@ def causal_conv1d_step(
     batch, _, width = _check(op, x, "B C", weight, bias, activation)
     choose("causal_conv1d", backend, x.device)
     dtype = accumulation_dtype(x, weight, bias)
-    window = _start(op, state, (batch, width - 1, x.shape[-1]), x, dtype)
+    window = start_state(op, state, (batch, width - 1, x.shape[-1]), x, dtype)
     y, window = reference.step(
         x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), activation, window
     )
@@ -117,10 +117,3 @@ def _check(
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"{op}: activation is {activation!r}; accepted are None, 'silu', 'swish'")
     return sizes["B"], sizes.get("T", 1), sizes["W"]
-
-
-def _start(op: str, state: Tensor | None, shape: tuple[int, int, int], x: Tensor, dtype: torch.dtype) -> Tensor:
-    if state is None:
-        return torch.zeros(shape, dtype=dtype, device=x.device)
-    check_state(op, "state", state, shape, x.device)
-    return state.to(dtype)

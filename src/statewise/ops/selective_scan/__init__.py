@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
@@ -68,7 +68,7 @@ def selective_scan(
     rows = check_ragged("selective_scan", lengths, cu_seqlens, batch, time, x.device)
     chosen = choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
-    begin = _start("selective_scan", state, (rows, channels, N), x, dtype)
+    begin = start_state("selective_scan", state, (rows, channels, N), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
     if B.dim() == 3:
@@ -125,7 +125,7 @@ def selective_scan_step(
     batch, _, channels, N = _check("selective_scan_step", "batch", x, dt, A, B, C, D, z, dt_bias)
     choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
-    begin = _start("selective_scan_step", state, (batch, channels, N), x, dtype)
+    begin = start_state("selective_scan_step", state, (batch, channels, N), x, dtype)
     if B.dim() == 2:
         B, C = B[:, None], C[:, None]
     x_ = x.to(dtype)
@@ -177,10 +177,3 @@ def _check(
     if groups < 1 or sizes["channels"] % groups:
         raise ValueError(f"{op}: B and C have {groups} groups, which do not divide {sizes['channels']} channels")
     return sizes["batch"], sizes.get("T", 1), sizes["channels"], sizes["N"]
-
-
-def _start(op: str, state: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
-    if state is None:
-        return torch.zeros(shape, dtype=dtype, device=x.device)
-    check_state(op, "state", state, shape, x.device)
-    return state.to(dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
@@ -72,7 +72,7 @@ def ssd(
     rows = check_ragged("ssd", lengths, cu_seqlens, batch, time, x.device)
     chosen = choose("ssd", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
-    begin = _start("ssd", state, (rows, sizes["H"], sizes["P"], sizes["N"]), x, dtype)
+    begin = start_state("ssd", state, (rows, sizes["H"], sizes["P"], sizes["N"]), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
     if chosen == "native":
@@ -128,7 +128,7 @@ def ssd_step(
     sizes = _check("ssd_step", "batch", x, dt, A, B, C, D, z, dt_bias, dt_limit)
     choose("ssd", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
-    begin = _start("ssd_step", state, (sizes["batch"], sizes["H"], sizes["P"], sizes["N"]), x, dtype)
+    begin = start_state("ssd_step", state, (sizes["batch"], sizes["H"], sizes["P"], sizes["N"]), x, dtype)
     x_, size = x.to(dtype), _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
     y, end = reference.step(x_, size, A.to(dtype), B.to(dtype), C.to(dtype), begin)
     return _finish(y, x_, D, None if z is None else z.to(dtype)).to(x.dtype), end
@@ -182,10 +182,3 @@ def _check(
     if not pair or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{op}: dt_limit is {dt_limit!r}; accepted are two numbers, 0 ≤ smallest ≤ largest")
     return sizes
-
-
-def _start(op: str, state: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
-    if state is None:
-        return torch.zeros(shape, dtype=dtype, device=x.device)
-    check_state(op, "state", state, shape, x.device)
-    return state.to(dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -57,11 +57,7 @@ def token_mix(
         return _mixtures(x, before, mix, lengths), last
     rows = check_ragged("token_mix", lengths, cu_seqlens, sizes["B"], sizes["T"], x.device)
     dtype = accumulation_dtype(x, mix)
-    if state is None:
-        state = x.new_zeros(rows, sizes["C"], dtype=dtype)
-    else:
-        check_state("token_mix", "state", state, (rows, sizes["C"]), x.device)
-        state = state.to(dtype)
+    state = start_state("token_mix", state, (rows, sizes["C"]), x, dtype)
     if sizes["T"] == 0:
         return tuple(torch.zeros_like(x) for _ in mix), state
     where = spans(sizes["B"], sizes["T"], lengths, cu_seqlens)

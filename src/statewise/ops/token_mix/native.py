@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewise.ops.kernels import blank_like, call_kernel
+from statewise.ops.kernels import blank_like, call_kernel, covers
 
 __all__ = ["token_mix"]
 
@@ -24,7 +24,8 @@ def _register(count: int) -> Callable[..., tuple[Tensor, ...]]:
     )
     def forward(x: Tensor, mix: Tensor, state: Tensor, spans: Tensor) -> tuple[Tensor, ...]:
         x, mix, state, spans = (given.contiguous() for given in (x, mix, state, spans))
-        ys = [blank_like(x, spans) for _ in range(count)]
+        whole = covers(spans, x.shape[0])
+        ys = [blank_like(x, whole) for _ in range(count)]
         end = torch.empty_like(state)
         sizes = (spans.shape[0], x.shape[1], count)
         call_kernel("token_mix_forward", x.dtype, x, mix, spans, *sizes, state, ys, end)
@@ -48,7 +49,8 @@ def _register(count: int) -> Callable[..., tuple[Tensor, ...]]:
         x, mix, state, spans, *cotangents = (  # type: ignore[assignment]
             given.contiguous() for given in (x, mix, state, spans, *cotangents)
         )
-        d_x, d_mix, d_state = blank_like(x, spans), mix.new_empty(spans.shape[0], *mix.shape), torch.empty_like(state)
+        d_x = blank_like(x, covers(spans, x.shape[0]))
+        d_mix, d_state = mix.new_empty(spans.shape[0], *mix.shape), torch.empty_like(state)
         sizes = (spans.shape[0], x.shape[1], count)
         pulls = list(cotangents[:count])
         call_kernel(

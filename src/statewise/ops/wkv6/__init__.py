@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
@@ -71,7 +71,7 @@ def wkv6(
     rows = check_ragged("wkv6", lengths, cu_seqlens, sizes["B"], sizes["T"], r.device)
     form = choose("wkv6", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, u)
-    begin = _start("wkv6", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
+    begin = start_state("wkv6", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     if sizes["T"] == 0:
         return torch.zeros_like(v), begin
     log_w, bonus = _rows_of_heads(log_w, sizes["K"]), _rows_of_heads(u, sizes["K"]).to(dtype)
@@ -127,7 +127,7 @@ def wkv6_step(
     )
     choose("wkv6", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, u)
-    begin = _start("wkv6_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
+    begin = start_state("wkv6_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     decay, bonus = (_rows_of_heads(x, sizes["K"]).to(dtype) for x in (log_w, u))
     y, end = reference.step(r.to(dtype), decay, k.to(dtype), v.to(dtype), bonus, begin)
     return y.to(v.dtype), end
@@ -141,10 +141,3 @@ def _letters(x: Tensor, most: str) -> str:
 
 def _rows_of_heads(x: Tensor, rows: int) -> Tensor:
     return x[:, None].expand(-1, rows) if x.dim() == 1 else x
-
-
-def _start(op: str, state: Tensor | None, shape: tuple[int, ...], v: Tensor, dtype: torch.dtype) -> Tensor:
-    if state is None:
-        return torch.zeros(shape, dtype=dtype, device=v.device)
-    check_state(op, "state", state, shape, v.device)
-    return state.to(dtype)

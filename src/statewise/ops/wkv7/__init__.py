@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, check_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
@@ -71,7 +71,7 @@ def wkv7(
     rows = check_ragged("wkv7", lengths, cu_seqlens, sizes["B"], sizes["T"], r.device)
     form = choose("wkv7", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, a, b)
-    begin = _start("wkv7", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
+    begin = start_state("wkv7", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     if sizes["T"] == 0:
         return torch.zeros_like(v), begin
     if form == "native":
@@ -121,13 +121,6 @@ def wkv7_step(
     )
     choose("wkv7", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, a, b)
-    begin = _start("wkv7_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
+    begin = start_state("wkv7_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     y, end = reference.step([x.to(dtype) for x in (r, log_w, k, v, a, b)], begin)
     return y.to(v.dtype), end
-
-
-def _start(op: str, state: Tensor | None, shape: tuple[int, ...], v: Tensor, dtype: torch.dtype) -> Tensor:
-    if state is None:
-        return torch.zeros(shape, dtype=dtype, device=v.device)
-    check_state(op, "state", state, shape, v.device)
-    return state.to(dtype)

@@ -1,11 +1,13 @@
-"""What autocast would do to every projection's input, done once."""
+"""What the RWKVs share on the way from a block's normed input to its projections."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["for_projections"]
+from statewise.ops.token_mix import token_mix_step
+
+__all__ = ["for_projections", "mix_one"]
 
 
 def for_projections(x: Tensor) -> Tensor:
@@ -17,3 +19,9 @@ def for_projections(x: Tensor) -> Tensor:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def mix_one(x: Tensor, mix: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """:func:`token_mix` for T = 1, by its step form."""
+    mixtures, last = token_mix_step(x[:, 0], mix, state)
+    return tuple(y[:, None] for y in mixtures), last
