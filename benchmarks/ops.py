@@ -28,6 +28,7 @@ from benchmarks.machine import describe, resident_peak
 from benchmarks.plot import draw_growth, growth_table
 from statewise import ops
 from statewise.files import atomic_write
+from statewise.ops.kernels import keep_freed_memory
 from statewise.testing.peers import PEERS, Peer, Run, find_peers, rwkv_lm_loop
 from statewise.testing.peers import ours as our_operator
 
@@ -308,6 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=_names, default=list(LENGTHS), help="values of T, rising")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="ask the C library to keep freed memory, for all alike, as `statewise train` does",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--cap", type=float, default=60.0, help="longest single run, seconds")
     parser.add_argument("--peers", type=_names, help=f"of {', '.join(known)}; default: all that run here")
@@ -332,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
+    kept = options.keep_memory and keep_freed_memory()
     rows: list[dict[str, Any]] = []
     bandwidth = measure_bandwidth()
     document: dict[str, Any] = {
@@ -339,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": describe(),
         "repeats": options.repeats,
         "dtype": options.dtype,
+        "freed_memory": "kept" if kept else "returned to the system",
         "copy_bytes_per_second": round(bandwidth),
     }
 

@@ -62,6 +62,11 @@ inline int64_t block_width(int64_t channels, int64_t rows, int64_t threads, int6
     return (width + lanes - 1) / lanes * lanes;
 }
 
+// How far on the rows of the next tile of `every` tokens are, each of C values; 0 where there is none.
+inline int64_t prefetch_step(int64_t start, int64_t count, int64_t every, int64_t C) {
+    return start + every < count ? every * C : 0;
+}
+
 }  // namespace
 
 #define STATEWISE_EXPORT extern "C" __attribute__((visibility("default")))

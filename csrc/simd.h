@@ -143,7 +143,14 @@ STATEWISE_INLINE Vec<T> at_least(Vec<T> x, Vec<T> least) {
 
 template <class T>
 STATEWISE_INLINE Vec<T> at_most(Vec<T> x, Vec<T> most) {
-    return -at_least<T>(-x, -most);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<T, float>::value) return Vec<T>(_mm512_maskz_min_ps(-1, __m512(most), __m512(x)));
+    if constexpr (std::is_same<T, double>::value) return Vec<T>(_mm512_maskz_min_pd(-1, __m512d(most), __m512d(x)));
+#elif defined(__AVX2__)
+    if constexpr (std::is_same<T, float>::value) return Vec<T>(_mm256_min_ps(__m256(most), __m256(x)));
+    if constexpr (std::is_same<T, double>::value) return Vec<T>(_mm256_min_pd(__m256d(most), __m256d(x)));
+#endif
+    return x > most ? most : x;
 }
 
 template <class T>
@@ -214,6 +221,14 @@ STATEWISE_INLINE Vec<double> exp2_fraction(Vec<double> f) {
 // trace, in gradients neither.
 template <class T>
 STATEWISE_INLINE Vec<T> exp2(Vec<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<T, float>::value) {
+        __m512 whole = _mm512_maskz_roundscale_ps(-1, __m512(x), 0);
+        __m512 part = __m512(exp2_fraction(x - Vec<float>(whole)));
+        __mmask16 there = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+        return Vec<T>(_mm512_maskz_scalef_ps(there, part, whole));
+    }
+#endif
     const Vec<T> least = splat<T>(T(1 - Float<T>::bias));
     Int<T> gone = x < least;
     x = at_least<T>(x, least);

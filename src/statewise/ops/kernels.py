@@ -21,6 +21,7 @@ __all__ = [
     "blank_like",
     "call_kernel",
     "covers",
+    "keep_freed_memory",
     "library",
     "load",
     "on_large_pages",
@@ -103,6 +104,20 @@ def on_large_pages(x: Tensor) -> Tensor:
     if x.nbytes >= _LARGE and functions is not None:
         functions.advise_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
     return x
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library not to return freed memory to the system, so that tensors of the next training step need not be
+    paged in anew, which costs as much as computing an operator. For a whole process, hence for programs to call, never
+    this library by itself: they keep as much memory as they once used. Only glibc can be asked.
+
+    Returns:
+        whether it was asked.
+    """
+    if not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_threshold, most = -1, -3, 2**30
+    return bool(libc.mallopt(mmap_threshold, most) and libc.mallopt(trim_threshold, most))
 
 
 Argument = Tensor | list[Tensor] | int | None
@@ -193,14 +208,6 @@ def register_kernels(
         shape = kept(tokens // every + rows, leaves) if kept is not None and keep else (0,)
         return leaves[0].new_empty(shape)
 
-    def clear_unused(states: Tensor, where: Tensor) -> None:
-        """A slot that no sequence needs holds zeros: what an operator returns is never left to chance."""
-        first = where[:, 0] // every + torch.arange(where.shape[0])
-        last = first + (where[:, 1] + every - 1) // every
-        index = torch.arange(states.shape[0])
-        owner = torch.searchsorted(first, index, right=True) - 1
-        states[index >= last[owner]] = 0
-
     results = ", ".join(["Tensor"] * (2 + n_state))
 
     @torch.library.custom_op(
@@ -217,8 +224,9 @@ def register_kernels(
         ends = [torch.empty_like(leaf) for leaf in leaves]
         states = on_large_pages(room(keep, model.shape[0], where.shape[0], leaves))
         where = where.contiguous()
-        if states.numel():
-            clear_unused(states, where)
+        if states.numel():  # what an operator returns is never left to chance
+            count, bytes_each = states.shape[0], states.nbytes // states.shape[0]
+            call_kernel("clear_unused_slots", model.dtype, where, where.shape[0], every, states, count, bytes_each)
         known = (*inputs, *parameters, where, where.shape[0], *sizes(inputs, parameters, leaves))
         keeping = states if states.numel() else None
         call_kernel(f"{function}_forward", model.dtype, *known, *leaves, y, *ends, keeping)

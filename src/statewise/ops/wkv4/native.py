@@ -16,7 +16,7 @@ _wkv4 = register_kernels(
     state=("num", "den", "max"),
     output="v",
     sizes=lambda inputs, parameters, state: (state[0].shape[1],),
-    kept=lambda slots, state: (slots, 4, state[0].shape[1]),
+    kept=lambda slots, state: (slots, 3, state[0].shape[1]),
     every=32,
 )
 
