@@ -28,7 +28,7 @@ from benchmarks.machine import describe, resident_peak
 from benchmarks.plot import draw_growth, growth_table
 from statewise import ops
 from statewise.files import atomic_write
-from statewise.ops.kernels import keep_freed_memory
+from statewise.ops.memory import keep_freed_memory
 from statewise.testing.peers import PEERS, Peer, Run, find_peers, rwkv_lm_loop
 from statewise.testing.peers import ours as our_operator
 

@@ -60,8 +60,8 @@ struct Inputs {
     int64_t C;
 };
 
-// What forward tells backward of a token: its largest exponent as a pair, numerator and denominator relative to it,
-// planes of (tokens, C).
+// What forward tells backward of a token, as planes of (tokens, C): the average, one over the denominator relative to the
+// largest exponent, and that exponent as a pair.
 template <class T>
 struct Kept {
     T* at;
@@ -113,10 +113,11 @@ void forward_block(
                 Vec<T> now = exp<T>((bonus - key) - steps * w);
                 Vec<T> num = before * sum.num + after * right.num + now * v;
                 Vec<T> den = before * sum.den + after * right.den + now;
-                store<T>(y + row, num / den, left);
+                Vec<T> average = num / den;
+                store<T>(y + row, average, left);
                 if (kept.at) {
-                    store<T>(kept.field(0, row), num, left);
-                    store<T>(kept.field(1, row), den, left);
+                    store<T>(kept.field(0, row), average, left);
+                    store<T>(kept.field(1, row), T(1) / den, left);
                     store<T>(kept.field(2, row), key, left);
                     store<T>(kept.field(3, row), steps, left);
                 }
@@ -152,8 +153,8 @@ void backward_block(
         auto take = [&](Side& side, int64_t t) {
             const int64_t row = (span.begin + t) * in.C + c;
             side.values.take(load<T>(in.v + row, left) - center, one, load<T>(in.k + row, left), zero, w);
-            Vec<T> den = load<T>(kept.field(1, row), left), y = load<T>(kept.field(0, row), left) / den - center;
-            Vec<T> pull = load<T>(grad_y + row, left) / den;
+            Vec<T> y = load<T>(kept.field(0, row), left) - center;
+            Vec<T> pull = load<T>(grad_y + row, left) * load<T>(kept.field(1, row), left);
             side.pulls.take(pull, -pull * y, -load<T>(kept.field(2, row), left), -load<T>(kept.field(3, row), left), w);
         };
         auto keep = [&](const Side& side, T* to) {
@@ -181,9 +182,10 @@ void backward_block(
                 const T* here = inside + (t - start) * fields * lanes;
                 right = {Sum<T>::kept(here, lanes), Sum<T>::kept(here + half, lanes)};
                 Vec<T> k = load<T>(in.k + row, left), v = load<T>(in.v + row, left) - center;
-                Vec<T> den = load<T>(kept.field(1, row), left), y = load<T>(kept.field(0, row), left) / den - center;
+                Vec<T> y = load<T>(kept.field(0, row), left) - center;
+                Vec<T> shared = load<T>(kept.field(1, row), left) * load<T>(grad_y + row, left);
                 Vec<T> key = load<T>(kept.field(2, row), left), steps = load<T>(kept.field(3, row), left);
-                Vec<T> pull = exp<T>((u + k - key) - steps * w) / den * load<T>(grad_y + row, left);
+                Vec<T> pull = exp<T>((u + k - key) - steps * w) * shared;
                 Vec<T> bonus = pull * (v - y);
                 Vec<T> earlier = exp<T>((k + sum.pulls.key) + sum.pulls.steps * w);
                 Vec<T> later = exp<T>((k + right.pulls.key) + right.pulls.steps * w);

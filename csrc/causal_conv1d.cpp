@@ -2,158 +2,157 @@
 //
 //     pre_t = bias + sum_j weight[W-1-j] x_{t-j}        y_t = pre_t, or silu(pre_t)
 //
-// Every row is read once, a chunk of tokens at a time, with the window before it beside it. Backward computes pre anew
-// and walks chunks from the end, carrying the W-1 cotangents that reach back across the edge.
+// Tiles of a few tokens are walked a vector of channels at a time, weights, samples and cotangents in registers; the rows
+// of the next tile are asked for meanwhile. Backward computes pre anew and walks tiles from the end, carrying the W-1
+// cotangents that reach back across the edge.
 
 #include "rows.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kChunk = 16;
-constexpr int64_t kWidth = 256;  // channels of a task
+constexpr int64_t kTile = 32;
+constexpr int64_t kWidth = 512;   // channels of a task
+constexpr int64_t kMostTaps = 8;  // W is known when this is compiled
 
-struct Shape {
-    int64_t C, W, silu;
-};
+template <class IO, class T, int W>
+struct Convolution {
+    const IO* x;
+    const T *weight, *bias, *begin;  // (C, W), (C) or null, (W - 1, C)
+    Span span;
+    int64_t C, silu;
 
-template <class T>
-struct Work {
-    // (W - 1 + kChunk, lanes): samples with the window before them, cotangents with those after them
-    Scratch<T> samples, pulls;
-    Scratch<T> weight, bias;   // (W, width), (width)
-    Scratch<T> carried;        // (W - 1, width): cotangents of the chunk after
-    Scratch<T> grad_weight, grad_bias;
-    explicit Work(int64_t W)
-        : samples((W - 1 + kChunk) * kLanes<T>), pulls((W - 1 + kChunk) * kLanes<T>), weight(W * kWidth), bias(kWidth),
-          carried(W * kWidth), grad_weight(W * kWidth), grad_bias(kWidth) {}
+    // What lies before the first sample is the window given.
+    STATEWISE_INLINE Vec<T> sample(int64_t t, int64_t c, int64_t left) const {
+        return t < 0 ? load<T>(begin + (t + W - 1) * C + c, left) : load<T>(x + (span.begin + t) * C + c, left);
+    }
 
-    void fill(const T* weight_in, const T* bias_in, int64_t width, int64_t W) {
-        std::fill((T*)weight, weight + W * kWidth, T(0));
-        std::fill((T*)bias, bias + kWidth, T(0));
-        for (int64_t c = 0; c < width; ++c) {
-            for (int64_t j = 0; j < W; ++j) weight[j * kWidth + c] = weight_in[c * W + j];
-            if (bias_in) bias[c] = bias_in[c];
+    STATEWISE_INLINE void weights(int64_t c, int64_t left, Vec<T>* to) const {
+        const int64_t count = std::min<int64_t>(left, kLanes<T>);
+        for (int j = 0; j < W; ++j) {
+            T lanes[kLanes<T>] = {};
+            for (int64_t i = 0; i < count; ++i) lanes[i] = weight[(c + i) * W + j];
+            to[j] = load<T>(lanes);
         }
     }
+
+    STATEWISE_INLINE Vec<T> shift(int64_t c, int64_t left) const { return bias ? load<T>(bias + c, left) : Vec<T>{}; }
 };
 
-// Sample at time t of the sequence, counted from its start; before it, the window given.
-template <class IO, class T>
-STATEWISE_INLINE Vec<T> sample(const IO* x, const T* begin, Span span, Shape shape, int64_t t, int64_t c, int64_t left) {
-    return t < 0 ? load<T>(begin + (t + shape.W - 1) * shape.C + c, left)
-                 : load<T>(x + (span.begin + t) * shape.C + c, left);
+template <int W, class V>
+STATEWISE_INLINE V weighted(const V* weights, const V* samples, V sum) {
+    for (int j = 0; j < W; ++j) sum += weights[j] * samples[j];
+    return sum;
 }
 
-template <class T>
-STATEWISE_INLINE Vec<T> before_activation(const Work<T>& work, int64_t t, int64_t i, int64_t W) {
-    Vec<T> pre = load<T>(work.bias + i);
-    for (int64_t j = 0; j < W; ++j)
-        pre += load<T>(work.weight + j * kWidth + i) * load<T>(work.samples + (t + j) * kLanes<T>);
-    return pre;
-}
-
-template <class IO, class T>
-void forward_block(
-    const IO* x, const T* begin, IO* y, T* end, Span span, Shape shape, int64_t c, int64_t width, Work<T>& work) {
-    constexpr int64_t lanes = kLanes<T>;
-    const int64_t before = shape.W - 1;
-    for (int64_t start = 0; start < span.count; start += kChunk) {
-        const int64_t length = std::min(kChunk, span.count - start);
-        for (int64_t i = 0; i < width; i += lanes) {
-            const int64_t left = width - i;
-            for (int64_t t = -before; t < length; ++t)
-                store<T>(work.samples + (t + before) * lanes, sample(x, begin, span, shape, start + t, c + i, left));
-            for (int64_t t = 0; t < length; ++t) {
-                Vec<T> pre = before_activation(work, t, i, shape.W);
-                store<T>(y + (span.begin + start + t) * shape.C + c + i, shape.silu ? pre * sigmoid<T>(pre) : pre, left);
+template <class IO, class T, int W>
+void forward_block(const Convolution<IO, T, W>& in, IO* y, T* end, int64_t first, int64_t width) {
+    const int64_t count = in.span.count, C = in.C;
+    for (int64_t start = 0; start < count; start += kTile) {
+        const int64_t stop = std::min(start + kTile, count), ahead = prefetch_step(start, count, kTile, C);
+        for (int64_t c = first; c < first + width; c += kLanes<T>) {
+            const int64_t left = first + width - c;
+            Vec<T> weights[W], samples[W], shift = in.shift(c, left);
+            in.weights(c, left, weights);
+            for (int j = 1; j < W; ++j) samples[j] = in.sample(start - W + j, c, left);
+            for (int64_t t = start; t < stop; ++t) {
+                const int64_t at = (in.span.begin + t) * C + c;
+                __builtin_prefetch(in.x + at + ahead, 0, 2);
+                __builtin_prefetch(y + at + ahead, 1, 2);
+                for (int j = 1; j < W; ++j) samples[j - 1] = samples[j];
+                samples[W - 1] = load<T>(in.x + at, left);
+                Vec<T> pre = weighted<W>(weights, samples, shift);
+                store<T>(y + at, in.silu ? pre * sigmoid<T>(pre) : pre, left);
             }
         }
     }
-    for (int64_t m = 0; m < before; ++m)
-        for (int64_t i = 0; i < width; i += lanes)
-            store<T>(end + m * shape.C + c + i, sample(x, begin, span, shape, span.count - before + m, c + i, width - i), width - i);
+    for (int64_t m = 0; m < W - 1; ++m)
+        for (int64_t c = first; c < first + width; c += kLanes<T>)
+            store<T>(end + m * C + c, in.sample(count - W + 1 + m, c, first + width - c), first + width - c);
 }
 
-template <class IO, class T>
+template <class T, int W>
+struct Gradients {
+    Vec<T> pulls[W];  // cotangents of the outputs at t, t + 1, ..., t + W - 1
+    Vec<T> weights[W], bias;
+};
+
+template <class IO, class T, int W>
 void backward_block(
-    const IO* x, const T* begin, const IO* grad_y, const T* grad_end, IO* grad_x, T* grad_weight, T* grad_bias,
-    T* grad_begin, Span span, Shape shape, int64_t c, int64_t width, Work<T>& work) {
-    constexpr int64_t lanes = kLanes<T>;
-    const int64_t W = shape.W, before = W - 1, C = shape.C;
-    std::fill((T*)work.carried, work.carried + W * kWidth, T(0));
-    std::fill((T*)work.grad_weight, work.grad_weight + W * kWidth, T(0));
-    std::fill((T*)work.grad_bias, work.grad_bias + kWidth, T(0));
+    const Convolution<IO, T, W>& in, const IO* grad_y, const T* grad_end, IO* grad_x, T* grad_weight, T* grad_bias,
+    T* grad_begin, int64_t first, int64_t width) {
+    const int64_t count = in.span.count, C = in.C, before = W - 1;
+    Gradients<T, W> gathered[kWidth / kLanes<T>] = {};
     // What a sample's place in the last window adds to its gradient.
-    auto from_end = [&](int64_t t, int64_t i) {
-        const int64_t m = t - (span.count - before);
-        return m >= 0 ? load<T>(grad_end + m * C + c + i, width - i) : Vec<T>{};
+    auto from_end = [&](int64_t t, int64_t c, int64_t left) {
+        const int64_t m = t - (count - before);
+        return m >= 0 ? load<T>(grad_end + m * C + c, left) : Vec<T>{};
     };
-    const int64_t chunks = (span.count + kChunk - 1) / kChunk;
-    for (int64_t index = chunks - 1; index >= 0; --index) {
-        const int64_t start = index * kChunk, length = std::min(kChunk, span.count - start);
-        for (int64_t i = 0; i < width; i += lanes) {
-            const int64_t left = width - i;
-            for (int64_t t = -before; t < length; ++t)
-                store<T>(work.samples + (t + before) * lanes, sample(x, begin, span, shape, start + t, c + i, left));
-            Vec<T> total = load<T>(work.grad_bias + i);
-            for (int64_t t = 0; t < length; ++t) {
-                Vec<T> g = load<T>(grad_y + (span.begin + start + t) * C + c + i, left);
-                if (shape.silu) {
-                    Vec<T> pre = before_activation(work, t, i, W), gate = sigmoid<T>(pre);
+    for (int64_t start = (count - 1) / kTile * kTile; start >= 0 && count; start -= kTile) {
+        const int64_t last = std::min(start + kTile, count) - 1, ahead = start ? -kTile * C : 0;
+        for (int64_t c = first; c < first + width; c += kLanes<T>) {
+            const int64_t left = first + width - c;
+            Gradients<T, W> grad = gathered[(c - first) / kLanes<T>];
+            Vec<T> weights[W], samples[W], shift = in.shift(c, left);
+            in.weights(c, left, weights);
+            for (int j = 0; j < W - 1; ++j) samples[j] = in.sample(last - W + 2 + j, c, left);
+            for (int64_t t = last; t >= start; --t) {
+                const int64_t at = (in.span.begin + t) * C + c;
+                __builtin_prefetch(in.x + at + ahead, 0, 2);
+                __builtin_prefetch(grad_y + at + ahead, 0, 2);
+                __builtin_prefetch(grad_x + at + ahead, 1, 2);
+                for (int j = W - 1; j > 0; --j) samples[j] = samples[j - 1], grad.pulls[j] = grad.pulls[j - 1];
+                samples[0] = in.sample(t - before, c, left);
+                Vec<T> g = load<T>(grad_y + at, left);
+                if (in.silu) {
+                    Vec<T> pre = weighted<W>(weights, samples, shift), gate = sigmoid<T>(pre);
                     g *= gate * (T(1) + pre * (T(1) - gate));
                 }
-                store<T>(work.pulls + t * lanes, g);
-                total += g;
+                grad.pulls[0] = g;
+                grad.bias += g;
+                Vec<T> d = from_end(t, c, left);
+                for (int j = 0; j < W; ++j) {
+                    d += weights[W - 1 - j] * grad.pulls[j];
+                    grad.weights[j] += g * samples[j];
+                }
+                store<T>(grad_x + at, d, left);
             }
-            store<T>(work.grad_bias + i, total);
-            for (int64_t m = 0; m < before; ++m)
-                store<T>(work.pulls + (length + m) * lanes, load<T>(work.carried + m * kWidth + i));
-            for (int64_t t = 0; t < length; ++t) {
-                Vec<T> d = from_end(start + t, i);
-                for (int64_t j = 0; j < W; ++j)
-                    d += load<T>(work.weight + (before - j) * kWidth + i) * load<T>(work.pulls + (t + j) * lanes);
-                store<T>(grad_x + (span.begin + start + t) * C + c + i, d, left);
-            }
-            for (int64_t j = 0; j < W; ++j) {
-                Vec<T> d = load<T>(work.grad_weight + j * kWidth + i);
-                for (int64_t t = 0; t < length; ++t)
-                    d += load<T>(work.pulls + t * lanes) * load<T>(work.samples + (t + j) * lanes);
-                store<T>(work.grad_weight + j * kWidth + i, d);
-            }
-            for (int64_t m = 0; m < before; ++m)
-                store<T>(work.carried + m * kWidth + i, load<T>(work.pulls + m * lanes));
+            gathered[(c - first) / kLanes<T>] = grad;
         }
     }
-    for (int64_t m = 0; m < before; ++m)  // the sample at time m - before
-        for (int64_t i = 0; i < width; i += lanes) {
-            Vec<T> d = from_end(m - before, i);
-            for (int64_t j = before - m; j < W; ++j)
-                d += load<T>(work.weight + (before - j) * kWidth + i) *
-                     load<T>(work.carried + (m - before + j) * kWidth + i);
-            store<T>(grad_begin + m * C + c + i, d, width - i);
+    for (int64_t c = first; c < first + width; c += kLanes<T>) {
+        const int64_t left = first + width - c;
+        const Gradients<T, W>& grad = gathered[(c - first) / kLanes<T>];
+        Vec<T> weights[W];
+        in.weights(c, left, weights);
+        for (int64_t m = 0; m < before; ++m) {  // the sample at time m - before, seen by outputs 0 .. m
+            Vec<T> d = from_end(m - before, c, left);
+            for (int64_t j = 0; j <= m; ++j) d += weights[m - j] * grad.pulls[j];
+            store<T>(grad_begin + m * C + c, d, left);
         }
-    for (int64_t i = 0; i < width; ++i) {
-        for (int64_t j = 0; j < W; ++j) grad_weight[(c + i) * W + j] = work.grad_weight[j * kWidth + i];
-        if (grad_bias) grad_bias[c + i] = work.grad_bias[i];
+        for (int64_t i = 0; i < std::min<int64_t>(left, kLanes<T>); ++i)
+            for (int j = 0; j < W; ++j) grad_weight[(c + i) * W + j] = grad.weights[j][i];
+        if (grad_bias) store<T>(grad_bias + c, grad.bias, left);
     }
 }
 
-// Calls block(work, sequence, first channel, channels) for all of them.
+// Calls block(sequence, first channel, channels) for all of them.
 template <class T, class Block>
-void for_blocks(const T* weight, const T* bias, int64_t n, Shape shape, int64_t threads, Block block) {
-    const int64_t step = std::min(block_width(shape.C, n, threads, kLanes<T>, kWidth), kWidth);
-    const int64_t blocks = (shape.C + step - 1) / step;
-#pragma omp parallel num_threads(int(threads)) if (threads > 1)
-    {
-        Work<T> work(shape.W);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < n * blocks; ++task) {
-            const int64_t c = task % blocks * step, width = std::min(step, shape.C - c);
-            work.fill(weight + c * shape.W, bias ? bias + c : nullptr, width, shape.W);
-            block(work, task / blocks, c, width);
-        }
+void for_blocks(int64_t n, int64_t C, int64_t threads, Block block) {
+    const int64_t step = block_width(C, n, threads, kLanes<T>, kWidth), blocks = (C + step - 1) / step;
+#pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
+    for (int64_t task = 0; task < n * blocks; ++task) {
+        const int64_t c = task % blocks * step;
+        block(task / blocks, c, std::min(step, C - c));
     }
+}
+
+// Calls kernel with W as a constant; false where there are too many taps.
+template <int W = 1, class Kernel>
+bool with_taps(int64_t taps, Kernel kernel) {
+    if (taps == W) return kernel(std::integral_constant<int, W>{}), true;
+    if constexpr (W < kMostTaps) return with_taps<W + 1>(taps, kernel);
+    return false;
 }
 
 }  // namespace
@@ -165,17 +164,19 @@ STATEWISE_EXPORT int causal_conv1d_forward(
     return dispatch(dtype, [&](auto io, auto t) {
         using IO = decltype(io);
         using T = decltype(t);
-        const Shape shape{C, W, silu};
-        const Span* span = (const Span*)spans;
-        const int64_t window = (W - 1) * C;
-        for_blocks<T>((const T*)weight, (const T*)bias, n, shape, threads, [&](Work<T>& work, int64_t i, int64_t c, int64_t width) {
-            forward_block<IO, T>(
-                (const IO*)x, (const T*)begin + i * window, (IO*)y, (T*)end + i * window, span[i], shape, c, width, work);
+        return with_taps(W, [&](auto taps) {
+            const int64_t window = (W - 1) * C;
+            for_blocks<T>(n, C, threads, [&](int64_t i, int64_t c, int64_t width) {
+                const Convolution<IO, T, decltype(taps)::value> in{
+                    (const IO*)x, (const T*)weight, (const T*)bias, (const T*)begin + i * window,
+                    ((const Span*)spans)[i], C, silu};
+                forward_block(in, (IO*)y, (T*)end + i * window, c, width);
+            });
         });
-        return true;
     });
 }
 
+// Gradients of weight and bias come a row a sequence.
 STATEWISE_EXPORT int causal_conv1d_backward(
     int64_t dtype, const void* x, const void* weight, const void* bias, const void* spans, int64_t n, int64_t C,
     int64_t W, int64_t silu, const void* begin, const void* /*end*/, const void* /*kept*/, const void* grad_y,
@@ -183,15 +184,16 @@ STATEWISE_EXPORT int causal_conv1d_backward(
     return dispatch(dtype, [&](auto io, auto t) {
         using IO = decltype(io);
         using T = decltype(t);
-        const Shape shape{C, W, silu};
-        const Span* span = (const Span*)spans;
-        const int64_t window = (W - 1) * C;
-        for_blocks<T>((const T*)weight, (const T*)bias, n, shape, threads, [&](Work<T>& work, int64_t i, int64_t c, int64_t width) {
-            backward_block<IO, T>(
-                (const IO*)x, (const T*)begin + i * window, (const IO*)grad_y, (const T*)grad_end + i * window,
-                (IO*)grad_x, (T*)grad_weight + i * C * W, grad_bias ? (T*)grad_bias + i * C : nullptr,
-                (T*)grad_begin + i * window, span[i], shape, c, width, work);
+        return with_taps(W, [&](auto taps) {
+            const int64_t window = (W - 1) * C;
+            for_blocks<T>(n, C, threads, [&](int64_t i, int64_t c, int64_t width) {
+                const Convolution<IO, T, decltype(taps)::value> in{
+                    (const IO*)x, (const T*)weight, (const T*)bias, (const T*)begin + i * window,
+                    ((const Span*)spans)[i], C, silu};
+                backward_block(
+                    in, (const IO*)grad_y, (const T*)grad_end + i * window, (IO*)grad_x, (T*)grad_weight + i * C * W,
+                    grad_bias ? (T*)grad_bias + i * C : nullptr, (T*)grad_begin + i * window, c, width);
+            });
         });
-        return true;
     });
 }

@@ -13,8 +13,9 @@
 namespace {
 
 constexpr int64_t kEvery = 8;           // tokens of a chunk, and between kept states
-constexpr int64_t kBlock = 128;         // channels of a task
-constexpr int kPiece = STATEWISE_VECTOR_BYTES / 4;  // numbers of a state that fit in registers together
+constexpr int64_t kBlock = 256;         // channels of a task
+// Numbers of a state that fit in registers together, forward, and backward, where each needs three.
+constexpr int kPiece = STATEWISE_VECTOR_BYTES / 8, kBackPiece = kPiece / 2;
 
 struct Shape {
     int64_t D, N, G, softplus, wide;  // wide: dt is of the dtype of sums, whatever the other activations are
@@ -92,17 +93,24 @@ STATEWISE_INLINE void forward_piece(Work<T>& work, const T* A2, T* state, int64_
     for (int p = 0; p < P; ++p) store<T>(state + (n + p) * lanes, h[p]);
 }
 
-// Calls piece(constant P, n) for pieces that add up to N.
-template <class Piece>
+// Calls piece(constant P, n) for pieces of at most so many numbers that add up to N.
+template <int kMost, class Piece>
 STATEWISE_INLINE void in_pieces(int64_t N, Piece piece) {
     int64_t n = 0;
-    for (; n + kPiece <= N; n += kPiece) piece(std::integral_constant<int, kPiece>{}, n);
-    if constexpr (kPiece > 8)
-        if (n + 8 <= N) piece(std::integral_constant<int, 8>{}, n), n += 8;
-    if constexpr (kPiece > 4)
+    for (; n + kMost <= N; n += kMost) piece(std::integral_constant<int, kMost>{}, n);
+    if constexpr (kMost > 4)
         if (n + 4 <= N) piece(std::integral_constant<int, 4>{}, n), n += 4;
     for (; n < N; ++n) piece(std::integral_constant<int, 1>{}, n);
 }
+
+// Where the state of a vector of channels is kept for backward, N rows of as many lanes as it has.
+template <class T, class P>
+struct KeptState {
+    P* at;  // T or const T
+    int64_t lanes;
+    KeptState(P* kept, int64_t slot, int64_t c, int64_t left, Shape shape)
+        : at(kept + (slot * shape.D + c) * shape.N), lanes(std::min<int64_t>(left, kLanes<T>)) {}
+};
 
 template <class IO, class T>
 void forward_block(
@@ -110,26 +118,31 @@ void forward_block(
     Work<T>& work, T* states) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t D = shape.D, N = shape.N, group = c / (D / shape.G);
+    const int64_t dt_bytes = shape.wide ? sizeof(T) : sizeof(IO);
     into_lanes<T>(in.A, work.A2, c, width, N, kLog2E<T>);
     into_lanes<T>(begin, states, c, width, N);
     for (int64_t start = 0; start < span.count; start += kEvery) {
-        const int64_t length = std::min(kEvery, span.count - start);
+        const int64_t length = std::min(kEvery, span.count - start), ahead = prefetch_step(start, span.count, kEvery, D);
         widen_rows<IO, T>(in.B, work.B, span, start, length, shape, group);
         widen_rows<IO, T>(in.C, work.C, span, start, length, shape, group);
         for (int64_t i = 0; i < width; i += lanes) {
             const int64_t left = width - i;
             T* state = states + i * N;
-            if (kept)
-                for (int64_t n = 0; n < N; ++n)
-                    store<T>(kept + (start / kEvery * N + n) * D + c + i, load<T>(state + n * lanes), left);
+            if (kept) {
+                const KeptState<T, T> slot(kept, start / kEvery, c + i, left, shape);
+                for (int64_t n = 0; n < N; ++n) store<T>(slot.at + n * slot.lanes, load<T>(state + n * lanes), left);
+            }
             for (int64_t t = 0; t < length; ++t) {
                 const int64_t at = (span.begin + start + t) * D + c + i;
+                __builtin_prefetch(in.x + at + ahead, 0, 2);
+                __builtin_prefetch((const char*)in.dt + (at + ahead) * dt_bytes, 0, 2);
+                __builtin_prefetch(y + at + ahead, 1, 2);
                 Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape);
                 store<T>(work.dt + t * lanes, dt);
                 store<T>(work.gain + t * lanes, dt * x);
                 store<T>(work.y + t * lanes, in.skip ? load<T>(in.skip + c + i, left) * x : Vec<T>{});
             }
-            in_pieces(N, [&](auto size, int64_t n) {
+            in_pieces<kPiece>(N, [&](auto size, int64_t n) {
                 forward_piece<decltype(size)::value, T>(work, work.A2 + i * N, state, length, N, n);
             });
             for (int64_t t = 0; t < length; ++t) {
@@ -192,18 +205,19 @@ struct BackWork {
     Scratch<T> grad_y, grad_dt, grad_gain, history, decay, B, C, A, state, skip, bias;
     explicit BackWork(int64_t N)
         : grad_y(kEvery * kLanes<T>), grad_dt(kEvery * kLanes<T>), grad_gain(kEvery * kLanes<T>),
-          history((kEvery + 1) * kPiece * kLanes<T>), decay(kEvery * kPiece * kLanes<T>), B(kEvery * N * kLanes<T>),
+          history((kEvery + 1) * kBackPiece * kLanes<T>), decay(kEvery * kBackPiece * kLanes<T>), B(kEvery * N * kLanes<T>),
           C(kEvery * N * kLanes<T>), A(kBlock * N), state(kBlock * N), skip(kBlock), bias(kBlock) {}
 };
 
 template <int P, class T>
 STATEWISE_INLINE void backward_piece(
-    Work<T>& work, BackWork<T>& back, const T* kept, int64_t stride, int64_t left, const T* A2, T* grad_A, T* grad_state,
+    Work<T>& work, BackWork<T>& back, const KeptState<T, const T>& kept, const T* A2, T* grad_A, T* grad_state,
     int64_t length, int64_t N, int64_t n, bool gated) {
     constexpr int64_t lanes = kLanes<T>;
-    Vec<T> h[P];
+    Vec<T> h[P], A[P], sum_A[P] = {};
     for (int p = 0; p < P; ++p) {
-        h[p] = load<T>(kept + (n + p) * stride, left);
+        A[p] = load<T>(A2 + (n + p) * lanes);
+        h[p] = load<T>(kept.at + (n + p) * kept.lanes, kept.lanes);
         store<T>(back.history + p * lanes, h[p]);
     }
     for (int64_t t = 0; t < length; ++t) {
@@ -211,7 +225,7 @@ STATEWISE_INLINE void backward_piece(
         const T* B = work.B + t * N + n;
         T *decay = back.decay + t * P * lanes, *after = back.history + (t + 1) * P * lanes;
         for (int p = 0; p < P; ++p) {
-            Vec<T> e = exp2<T>(dt * load<T>(A2 + (n + p) * lanes));
+            Vec<T> e = exp2<T>(dt * A[p]);
             h[p] = e * h[p] + gain * B[p];
             store<T>(decay + p * lanes, e);
             store<T>(after + p * lanes, h[p]);
@@ -238,13 +252,16 @@ STATEWISE_INLINE void backward_piece(
             d_gain += h[p] * B[p];
             h[p] *= load<T>(decay + p * lanes);
             Vec<T> rate = h[p] * load<T>(before + p * lanes);  // to dt·A
-            d_dt += rate * load<T>(A2 + (n + p) * lanes);      // times ln 2 later
-            store<T>(grad_A + (n + p) * lanes, load<T>(grad_A + (n + p) * lanes) + rate * dt);
+            d_dt += rate * A[p];                               // times ln 2 later
+            sum_A[p] += rate * dt;
         }
         store<T>(back.grad_gain + t * lanes, d_gain);
         store<T>(back.grad_dt + t * lanes, d_dt);
     }
-    for (int p = 0; p < P; ++p) store<T>(grad_state + (n + p) * lanes, h[p]);
+    for (int p = 0; p < P; ++p) {
+        store<T>(grad_state + (n + p) * lanes, h[p]);
+        store<T>(grad_A + (n + p) * lanes, load<T>(grad_A + (n + p) * lanes) + sum_A[p]);
+    }
 }
 
 template <class IO, class T>
@@ -253,6 +270,7 @@ void backward_block(
     Shape shape, int64_t c, int64_t width, Work<T>& work, BackWork<T>& back) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t D = shape.D, N = shape.N, group = c / (D / shape.G);
+    const int64_t dt_bytes = shape.wide ? sizeof(T) : sizeof(IO);
     const Vec<T> zero = {};
     into_lanes<T>(in.A, work.A2, c, width, N, kLog2E<T>);
     into_lanes<T>(grad_end, back.state, c, width, N);
@@ -262,6 +280,7 @@ void backward_block(
     const int64_t chunks = (span.count + kEvery - 1) / kEvery;
     for (int64_t index = chunks - 1; index >= 0; --index) {
         const int64_t start = index * kEvery, length = std::min(kEvery, span.count - start);
+        const int64_t ahead = index ? -kEvery * D : 0;
         widen_rows<IO, T>(in.B, work.B, span, start, length, shape, group);
         widen_rows<IO, T>(in.C, work.C, span, start, length, shape, group);
         for (int64_t i = 0; i < length * N * lanes; i += lanes) {
@@ -270,8 +289,16 @@ void backward_block(
         }
         for (int64_t i = 0; i < width; i += lanes) {
             const int64_t left = width - i;
+            const KeptState<T, const T> slot(kept, index, c + i, left, shape);
+            if (index)
+                for (int64_t n = 0; n < N; ++n) __builtin_prefetch(slot.at - N * D + n * slot.lanes, 0, 2);
             for (int64_t t = 0; t < length; ++t) {
                 const int64_t at = (span.begin + start + t) * D + c + i;
+                __builtin_prefetch(in.x + at + ahead, 0, 2);
+                __builtin_prefetch((const char*)in.dt + (at + ahead) * dt_bytes, 0, 2);
+                __builtin_prefetch(grad_y + at + ahead, 0, 2);
+                __builtin_prefetch(out.x + at + ahead, 1, 2);
+                __builtin_prefetch((const char*)out.dt + (at + ahead) * dt_bytes, 1, 2);
                 Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape);
                 Vec<T> g = load<T>(grad_y + at, left);
                 store<T>(work.dt + t * lanes, dt);
@@ -285,10 +312,10 @@ void backward_block(
                 store<T>(back.grad_dt + t * lanes, zero);
                 store<T>(back.grad_gain + t * lanes, zero);
             }
-            in_pieces(N, [&](auto size, int64_t n) {
+            in_pieces<kBackPiece>(N, [&](auto size, int64_t n) {
                 backward_piece<decltype(size)::value, T>(
-                    work, back, kept + index * N * D + c + i, D, left, work.A2 + i * N, back.A + i * N,
-                    back.state + i * N, length, N, n, in.z != nullptr);
+                    work, back, slot, work.A2 + i * N, back.A + i * N, back.state + i * N, length, N, n,
+                    in.z != nullptr);
             });
             for (int64_t t = 0; t < length; ++t) {
                 const int64_t at = (span.begin + start + t) * D + c + i;
@@ -376,7 +403,8 @@ void backward(
 
 }  // namespace
 
-// z, D and dt_bias may be null. State (n, D, N). Kept states, or null: (tokens / 8 + n, N, D).
+// z, D and dt_bias may be null. State (n, D, N). Kept states, or null: (tokens / 8 + n, D, N), a vector of
+// channels as N rows of its lanes.
 STATEWISE_EXPORT int selective_scan_forward(
     int64_t dtype, const void* x, const void* dt, const void* B, const void* C, const void* z, const void* A,
     const void* D, const void* dt_bias, const void* spans, int64_t n, int64_t channels, int64_t N, int64_t G,

@@ -16,23 +16,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from statewise.ops.memory import empty
+
 __all__ = [
     "Library",
     "blank_like",
     "call_kernel",
     "covers",
-    "keep_freed_memory",
     "library",
     "load",
-    "on_large_pages",
     "register_kernels",
     "spans",
 ]
 
 # What a kernel calls a dtype of activations (csrc/rows.h).
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-
-_LARGE = 4 << 20  # bytes from which large pages are worth asking for: two of them
 
 #: torch's name for what the processor can do → libraries that run on it, best first.
 _SERVES = {
@@ -93,31 +91,7 @@ def covers(where: Tensor, tokens: int) -> bool:
 
 def blank_like(x: Tensor, whole: bool) -> Tensor:
     """Room for a tensor like ``x`` ``(tokens, ...)``; zeros unless a kernel will write the whole of it."""
-    if whole:
-        return on_large_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
-    return torch.zeros_like(x, memory_format=torch.contiguous_format)
-
-
-def on_large_pages(x: Tensor) -> Tensor:
-    """``x``, fresh and about to be written: the system is asked to back it with large pages (see csrc/memory.cpp)."""
-    functions = library().functions
-    if x.nbytes >= _LARGE and functions is not None:
-        functions.advise_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
-    return x
-
-
-def keep_freed_memory() -> bool:
-    """Ask the C library not to return freed memory to the system, so that tensors of the next training step need not be
-    paged in anew, which costs as much as computing an operator. For a whole process, hence for programs to call, never
-    this library by itself: they keep as much memory as they once used. Only glibc can be asked.
-
-    Returns:
-        whether it was asked.
-    """
-    if not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return False
-    trim_threshold, mmap_threshold, most = -1, -3, 2**30
-    return bool(libc.mallopt(mmap_threshold, most) and libc.mallopt(trim_threshold, most))
+    return empty(x.shape, x.dtype) if whole else torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 Argument = Tensor | list[Tensor] | int | None
@@ -203,10 +177,9 @@ def register_kernels(
     def contiguous(tensors: Sequence[Any]) -> list[Any]:
         return [None if x is None else x.contiguous() for x in tensors]
 
-    def room(keep: bool, tokens: int, rows: int, leaves: Sequence[Tensor]) -> Tensor:
-        """For the states kept: every sequence has the slots it needs, and some have one more."""
-        shape = kept(tokens // every + rows, leaves) if kept is not None and keep else (0,)
-        return leaves[0].new_empty(shape)
+    def room(keep: bool, tokens: int, rows: int, leaves: Sequence[Tensor]) -> tuple[int, ...]:
+        """Of the states kept: every sequence has the slots it needs, and some have one more."""
+        return kept(tokens // every + rows, leaves) if kept is not None and keep else (0,)
 
     results = ", ".join(["Tensor"] * (2 + n_state))
 
@@ -222,7 +195,7 @@ def register_kernels(
         model = inputs[time.index(output)]
         y = blank_like(model, covers(where, model.shape[0]))
         ends = [torch.empty_like(leaf) for leaf in leaves]
-        states = on_large_pages(room(keep, model.shape[0], where.shape[0], leaves))
+        states = empty(room(keep, model.shape[0], where.shape[0], leaves), leaves[0].dtype)
         where = where.contiguous()
         if states.numel():  # what an operator returns is never left to chance
             count, bytes_each = states.shape[0], states.nbytes // states.shape[0]
@@ -239,7 +212,7 @@ def register_kernels(
         model = inputs[time.index(output)]
         y = torch.empty_like(model, memory_format=torch.contiguous_format)
         ends = [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
-        return (y, *ends, room(keep, model.shape[0], where.shape[0], leaves))
+        return (y, *ends, leaves[0].new_empty(room(keep, model.shape[0], where.shape[0], leaves)))
 
     derived = ", ".join(["Tensor"] * len(names))
     grads_in = ", ".join(f"Tensor grad_{n}" for n in ("y", *state))
@@ -280,11 +253,17 @@ def register_kernels(
         if not keep:
             raise RuntimeError(f"{name}_native: called without `keep`, it cannot be differentiated")
         ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)  # no zeros for what is kept
         ctx.save_for_backward(*tensors, where, *output[1:])
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        found = backward(*saved, *grads[: 1 + n_state])
+        ends = saved[len(names) + 1 : len(names) + 1 + n_state]
+        given = [
+            torch.zeros_like(like, memory_format=torch.contiguous_format) if grad is None else grad
+            for grad, like in zip(grads[: 1 + n_state], [saved[time.index(output)], *ends], strict=True)
+        ]
+        found = backward(*saved, *given)
         live = [None if x is None else d for x, d in zip(saved[: len(names)], found, strict=True)]
         return (*live, None, None)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops.kernels import blank_like, call_kernel, covers
+from statewise.ops.memory import empty
 
 __all__ = ["bi_wkv"]
 
@@ -22,7 +23,7 @@ def _forward(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep
     k, v, log_w, u, spans = (given.contiguous() for given in (k, v, log_w, u, spans))
     whole = covers(spans, v.shape[0])
     y = blank_like(v, whole)
-    kept = _room(v, log_w, keep)
+    kept = empty(_kept_shape(v, keep), log_w.dtype)
     if keep and not whole:
         kept.zero_()  # nothing returned is left to chance
     sizes = (spans.shape[0], v.shape[1], v.shape[0])
@@ -30,14 +31,14 @@ def _forward(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep
     return y, kept
 
 
-def _room(v: Tensor, log_w: Tensor, keep: bool) -> Tensor:
-    """Numerator, denominator and largest exponent (a key and how many steps it faded) of every token."""
-    return log_w.new_empty((4, *v.shape) if keep else (0,))
+def _kept_shape(v: Tensor, keep: bool) -> tuple[int, ...]:
+    """Average, one over the denominator, and largest exponent (a key and how many steps it faded) of every token."""
+    return (4, *v.shape) if keep else (0,)
 
 
 @_forward.register_fake
 def _(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v, memory_format=torch.contiguous_format), _room(v, log_w, keep)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), log_w.new_empty(_kept_shape(v, keep))
 
 
 @torch.library.custom_op(
@@ -71,10 +72,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     if not keep:
         raise RuntimeError("bi_wkv_native: called without `keep`, it cannot be differentiated")
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (None,) * 6
     return (*_backward(*ctx.saved_tensors, grad_y), None, None)
 
 

@@ -45,7 +45,7 @@ def causal_conv1d(
             given to the convolution; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"`` (W up to 8).
 
     Returns:
         y ``(B, T, C)`` of x's dtype, and the last W-1 samples, float32 (float64 if any input is float64).
@@ -57,6 +57,10 @@ def causal_conv1d(
     batch, time, width = _check(op, x, "B T C", weight, bias, activation)
     rows = check_ragged(op, lengths, cu_seqlens, batch, time, x.device)
     form = choose(op, backend, x.device)
+    if form == "native" and width > native.MOST_TAPS:
+        if backend is not None:
+            raise ValueError(f"{op}: backend 'native' serves W up to {native.MOST_TAPS}; weight has W = {width}")
+        form = "torch"
     dtype = accumulation_dtype(x, weight, bias)
     begin = start_state(op, state, (rows, width - 1, x.shape[-1]), x, dtype)
     if time == 0:

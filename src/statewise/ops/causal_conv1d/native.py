@@ -8,7 +8,10 @@ from torch import Tensor
 
 from statewise.ops.kernels import register_kernels
 
-__all__ = ["causal_conv1d"]
+__all__ = ["MOST_TAPS", "causal_conv1d"]
+
+#: The kernel is compiled for every W up to this one.
+MOST_TAPS = 8
 
 
 def _register(name: str, silu: bool) -> Callable[..., tuple[Tensor, ...]]:
