@@ -1,6 +1,6 @@
 """What operators without a published CPU form are timed against: the forms a practitioner would write in torch.
 
-Legend: B batch, T time, C channels, W window.
+Legend: B batch, T time, C channels, W window, H heads, N head size.
 """
 
 from __future__ import annotations
@@ -41,6 +41,25 @@ def _bi_wkv_two_passes(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+def _wkv6_chunks(inputs: Mapping[str, Tensor]) -> Tensor:
+    """WKV-6 with one constant decay a head, as RWKV-5.0 has it, in matrix products over chunks of up to 512 tokens: the
+    form nanoRWKV trains with."""
+    r, k, v = (inputs[name].transpose(1, 2) for name in ("r", "k", "v"))  # (B, H, T, N)
+    log_w, u = inputs["log_w"][:, None], inputs["u"][:, None]
+    length = min(512, r.shape[2])
+    steps = torch.arange(length, device=r.device)
+    apart = steps[:, None] - steps - 1
+    within = torch.exp(log_w[:, None] * apart.clamp(min=0)) * (apart >= 0)
+    since, until = torch.exp(log_w * steps)[..., None], torch.exp(log_w * (length - 1 - steps))[..., None]
+    state = torch.zeros(*r.shape[:2], r.shape[3], v.shape[3])
+    outputs = []
+    for r_, k_, v_ in zip(r.split(length, 2), k.split(length, 2), v.split(length, 2), strict=True):
+        now = (r_ * u * k_).sum(-1, keepdim=True) * v_
+        outputs.append((r_ @ k_.mT * within) @ v_ + (r_ * since) @ state + now)
+        state = torch.exp(log_w * length)[..., None] * state + (k_ * until).mT @ v_
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
 def _conv_torch(inputs: Mapping[str, Tensor]) -> Tensor:
     """torch's own grouped convolution, then SiLU."""
     x, weight = inputs["x"], inputs["weight"]
@@ -70,4 +89,5 @@ FORMS: dict[str, dict[str, Callable[[Mapping[str, Tensor]], Tensor]]] = {
     "bi_wkv": {"two loops": _bi_wkv_two_passes},
     "causal_conv1d": {"torch conv1d": _conv_torch, "shifted adds": _conv_shifted},
     "token_mix": {"torch": _mix_shifted},
+    "wkv6-head": {"chunks of 512": _wkv6_chunks},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import platform
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "resident_peak"]
+__all__ = ["describe"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,19 +31,6 @@ def describe() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks")),
     }
-
-
-def resident_peak(*, reset: bool) -> int | None:
-    """Bytes of memory at their highest since the last reset (a reset gives what is held now). ``None`` off Linux."""
-    try:
-        if reset:
-            # Blocks that the C library keeps for later would count as held, and hide what the next run takes.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        peak = _value("/proc/self/status", "VmHWM")
-    except (OSError, AttributeError):
-        return None
-    return None if peak is None else int(peak.split()[0]) * 1024
 
 
 def _value(file: str, key: str) -> str | None:

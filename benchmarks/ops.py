@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.forms import FORMS
-from benchmarks.machine import describe, resident_peak
+from benchmarks.machine import describe
 from benchmarks.plot import draw_growth, growth_table
 from statewise import ops
 from statewise.files import atomic_write
 from statewise.ops.memory import keep_freed_memory
+from statewise.testing.memory import resident_peak
 from statewise.testing.peers import PEERS, Peer, Run, find_peers, rwkv_lm_loop
 from statewise.testing.peers import ours as our_operator
 
@@ -36,6 +37,7 @@ SHAPES = {
     "wkv4": "B4 C512",
     "wkv6": "B2 H8 N64",
     "wkv6-constant": "B2 H8 N64",
+    "wkv6-head": "B2 H8 N64",
     "wkv7": "B2 H8 N64",
     "selective_scan": "B2 D1536 N16",
     "ssd": "B2 H24 P64 N128",
@@ -64,7 +66,8 @@ def draw(op: str, time: int, dtype: torch.dtype = torch.float32) -> dict[str, Te
         inputs = {"k": k, "v": v, "log_w": -torch.rand(channels), "u": torch.randn(channels)}
     elif op.startswith("wkv6"):
         shape = (2, time, 8, 64)
-        log_w = -torch.exp(torch.randn(shape[2:] if op.endswith("constant") else shape) - 2)
+        decays = {"wkv6": shape, "wkv6-constant": shape[2:], "wkv6-head": shape[2:3]}[op]
+        log_w = -torch.exp(torch.randn(decays) - 2)
         r, k, v = torch.randn(3, *shape)
         inputs = {"r": r, "log_w": log_w, "k": k / 8, "v": v, "u": torch.randn(8, 64)}
     elif op == "wkv7":

@@ -3,7 +3,8 @@
     python -m benchmarks.training --out benchmarks/results/DATE-training-cpu.json
 
 A step is forward, loss, backward, clipping and fused AdamW on ``--tokens`` tokens, cut into rows of the context. Steps
-are interleaved between models, the first is thrown away, medians are told. Published models (``--published``) take a
+are interleaved between models, the first is thrown away, medians are told. The process keeps freed memory, as
+`statewise train` does, for all models alike. Published models (``--published``) take a
 context of their own, since most would take minutes a step.
 """
 
@@ -25,7 +26,10 @@ from torch import Tensor, nn
 from benchmarks.language_models import MODELS, build
 from benchmarks.machine import describe
 from statewise.files import atomic_write
+from statewise.ops.memory import keep_freed_memory
 from statewise.training import language_model_loss
+
+_ALL = (*MODELS, "mamba-shallow")
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -33,6 +37,13 @@ Logits = Callable[[Tensor], Tensor]
 def _ours(name: str, layers: int, width: int) -> tuple[nn.Module, Logits]:
     model = build(name, layers, width)
     return model, lambda tokens: model(tokens)[0]
+
+
+def _find(name: str, layers: int, width: int) -> tuple[nn.Module, Logits]:
+    """``mamba`` has the parameters of the others, ``mamba-shallow`` their number of layers, and so half of them."""
+    if name == "mamba-shallow":
+        return _ours("mamba", layers // 2, width)
+    return _ours(name, layers, width)
 
 
 def _transformers_rwkv4(layers: int, width: int) -> tuple[nn.Module, Logits]:
@@ -137,7 +148,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.training", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", default=",".join(_ALL), help=f"of {', '.join(_ALL)}")
     parser.add_argument("--contexts", default="512,1024,2048,4096")
     parser.add_argument("--tokens", type=int, default=4096, help="a step")
     parser.add_argument("--layers", type=int, default=6)
@@ -150,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     document: dict[str, Any] = {"kind": "training", "machine": describe(), "steps": options.steps, "rows": []}
 
     def keep(rows: list[dict[str, Any]]) -> None:
@@ -163,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             atomic_write(options.out, json.dumps(document, indent=1) + "\n")
 
     torch.manual_seed(0)
-    entrants = [_Contestant(name, *_ours(name, options.layers, options.width)) for name in options.models.split(",")]
+    entrants = [_Contestant(name, *_find(name, options.layers, options.width)) for name in options.models.split(",")]
     for precision in options.precisions.split(","):
         for context in map(int, options.contexts.split(",")):
             tokens = torch.randint(256, (max(1, options.tokens // context), context + 1))

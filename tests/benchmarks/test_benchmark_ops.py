@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import ops as benchmark
 from benchmarks import plot
-from benchmarks.machine import resident_peak
+from statewise.testing.memory import resident_peak
 from statewise.testing.peers import Peer
 
 PNG = b"\x89PNG\r\n"
@@ -122,7 +122,7 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = benchmark.draw
     # channels or heads: four are enough
     many = {"wkv4": 512, "bi_wkv": 192, "token_mix": 512, "ssd": 24, "selective_scan": 1536, "causal_conv1d": 1536}
-    many |= dict.fromkeys(("wkv6", "wkv6-constant", "wkv7"), 8)
+    many |= dict.fromkeys(("wkv6", "wkv6-constant", "wkv6-head", "wkv7"), 8)
 
     def fewer(op: str, length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         cut = {}

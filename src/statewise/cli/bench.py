@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from statewise.cli import COMMANDS
@@ -213,22 +212,13 @@ def _timed(runner: _Runner, inputs: dict[str, Tensor], options: Options) -> tupl
         started = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - started)
-    before = _resident_peak(reset=True)
+    from statewise.testing.memory import resident_peak
+
+    before = resident_peak(reset=True)
     once()
-    after = _resident_peak(reset=False)
+    after = resident_peak(reset=False)
     peak = None if before is None or after is None else max(0, after - before)
     return statistics.median(seconds), peak
-
-
-def _resident_peak(*, reset: bool) -> int | None:
-    """Bytes of memory at their highest since the last reset. Linux only."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)
 
 
 class _Roof(NamedTuple):

@@ -32,8 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     options = Options(given.pop("config", None), given.pop("json", False))
     config = configure(options.config, given)
     from statewise.cli.console import print_json
+    from statewise.ops.memory import keep_freed_memory
     from statewise.training import train
 
+    keep_freed_memory()
     result = train(config)
     if options.json:
         print_json({**dataclasses.asdict(result), "plot": str(_plot(config)) if config.plot else None})

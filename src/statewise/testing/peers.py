@@ -89,7 +89,8 @@ def _fla_wkv6() -> Run:
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6  # type: ignore[import-not-found]
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        log_w = inputs["log_w"].expand_as(inputs["k"])  # theirs has no constant decay
+        log_w = inputs["log_w"]  # theirs has no constant decay
+        log_w = (log_w[:, None] if log_w.dim() == 1 else log_w).expand_as(inputs["k"])
         r, log_w, k, v = (x.transpose(1, 2) for x in (inputs["r"], log_w, inputs["k"], inputs["v"]))
         y, _ = naive_recurrent_rwkv6(r, k, v, log_w, inputs["u"], scale=1.0)
         return y.transpose(1, 2)  # type: ignore[no-any-return]
