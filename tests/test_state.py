@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 from statewise import StateError
 from statewise.state import (
     LayerState,
+    Mamba2LayerState,
+    Mamba3State,
     MambaLayerState,
     ModelState,
     RWKV4LayerState,
+    RWKV5LayerState,
+    RWKV6LayerState,
     RWKV7LayerState,
     WKV4State,
     load_state,
@@ -38,20 +43,22 @@ def make(family: str, batch: int = 3, layers: int = 2) -> ModelState:
         if family == "rwkv4":
             a, b, c, d, e = (numbered(batch, 6, seed=s) for s in seeds[:5])
             made.append(RWKV4LayerState(a, WKV4State(b, c, d), e))
-        elif family == "rwkv7":
-            made.append(
-                RWKV7LayerState(
-                    numbered(batch, 8, seed=seeds[0]),
-                    numbered(batch, 2, 4, 4, seed=seeds[1]),
-                    numbered(batch, 8, seed=seeds[2]),
-                )
-            )
         else:
-            made.append(MambaLayerState(numbered(batch, 3, 5, seed=seeds[0]), numbered(batch, 5, 7, seed=seeds[1])))
+            kind, shapes = _OTHERS[family]
+            made.append(kind(*(numbered(batch, *shape, seed=seed) for shape, seed in zip(shapes, seeds, strict=False))))
     return ModelState(tuple(made))
 
 
-FAMILIES = ("rwkv4", "rwkv7", "mamba")
+_MATRIX = ((8,), (2, 4, 4), (8,))
+_OTHERS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
+    "rwkv5": (RWKV5LayerState, _MATRIX),
+    "rwkv6": (RWKV6LayerState, _MATRIX),
+    "rwkv7": (RWKV7LayerState, _MATRIX),
+    "mamba": (MambaLayerState, ((3, 5), (5, 7))),
+    "mamba2": (Mamba2LayerState, ((3, 9), (2, 4, 3))),
+    "mamba3": (Mamba3State, ((2, 3), (2, 4, 6), (1, 2, 6), (2, 4))),
+}
+FAMILIES = ("rwkv4", *_OTHERS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -218,24 +225,59 @@ def test_a_damaged_file_never_crashes(seed: int, tmp_path_factory: pytest.TempPa
     assert state.batch_size >= 0
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [("rwkv4", "transformers"), ("mamba", "transformers"), ("mamba", "mamba-ssm"), ("mamba", "mamba.py")],
-)
+#: Who can hold what.
+LAYOUTS = {
+    "rwkv-pip": ("rwkv4", "rwkv5", "rwkv6", "rwkv7"),
+    "rwkv-lm": ("rwkv4", "rwkv5", "rwkv6", "rwkv7"),
+    "fla": ("rwkv6", "rwkv7"),
+    "ggml": ("rwkv4", "rwkv6", "rwkv7"),
+    "transformers": ("rwkv4", "mamba", "mamba2"),
+    "mamba-ssm": ("mamba", "mamba2"),
+    "mamba.py": ("mamba",),
+}
+#: These hold one sequence and no batch axis.
+SINGLE = ("rwkv-pip", "ggml")
+
+
+@every_family
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_there_and_back(family: str, layout: str) -> None:
-    state = make(family)
+    state = make(family, batch=1 if layout in SINGLE else 3)
+    if family not in LAYOUTS[layout]:
+        with pytest.raises(ValueError, match=f"cannot hold a {family} state"):
+            state.to_layout(layout)
+        return
     template = state.map(torch.zeros_like)
-    back = template.from_layout(layout, state.to_layout(layout))
-    assert equal(back, state)
+    flat = state.to_layout(layout)
+    assert equal(template.from_layout(layout, flat), state)
     assert not any(leaf.any() for leaf in leaves(template)), "the template stays as it is"
+    for tensor in flat:
+        tensor.zero_()
+    assert equal(state, make(family, batch=1 if layout in SINGLE else 3)), "what is given out shares nothing"
 
 
+@pytest.mark.parametrize("layout", SINGLE)
 @pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
-def test_rwkv_pip_there_and_back(family: str) -> None:
-    state = make(family, batch=1)
-    assert equal(state.map(torch.zeros_like).from_layout("rwkv-pip", state.to_layout("rwkv-pip")), state)
+def test_one_sequence_layouts_refuse_a_batch(family: str, layout: str) -> None:
     with pytest.raises(ValueError, match="one sequence"):
-        make(family, batch=2).to_layout("rwkv-pip")
+        make(family, batch=2).to_layout(layout)
+
+
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
+def test_who_turns_the_matrix(family: str) -> None:
+    """The package and ggml changed sides between RWKV-6 and RWKV-7; RWKV-LM and fla are on opposite ones throughout."""
+    state = make(family, batch=1)
+    matrix = state.layers[1].wkv  # type: ignore[union-attr]
+    assert isinstance(matrix, Tensor)
+    turned = matrix.transpose(-1, -2)
+    assert torch.equal(state.to_layout("rwkv-lm")[4], turned)
+    assert torch.equal(state.to_layout("rwkv-pip")[4], (turned if family == "rwkv7" else matrix)[0])
+    if family != "rwkv5":
+        assert torch.equal(state.to_layout("fla")[4], matrix)
+        ffn, att, kept = state.to_layout("ggml")[3:]
+        assert torch.equal(kept, (turned if family == "rwkv7" else matrix)[0])
+        assert torch.equal(ffn, state.layers[1].ffn_shift[0])  # type: ignore[union-attr]
+        assert torch.equal(att, state.layers[1].att_shift[0])  # type: ignore[union-attr]
 
 
 def test_layouts_say_what_the_projects_keep() -> None:

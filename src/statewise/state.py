@@ -1,6 +1,7 @@
 """State is a value: what a model remembers, as named tuples of tensors.
 
-Legend: B batch, C channels (width), H heads, K key rows, V value columns, N SSM state size, W convolution width.
+Legend: B batch, C channels (width), H heads, K key rows, V value columns, N SSM state size, P SSM head width,
+W convolution width, R MIMO rank, S rotary angles.
 
 Every container is a ``NamedTuple``: torch sees it as a pytree (compile, export, ``tree_map``), nothing can be assigned
 into it, and it unpacks in the order of its fields. Row ``b`` of every tensor belongs to sequence ``b`` of the batch.
@@ -22,9 +23,13 @@ from statewise.files import atomic_write
 
 __all__ = [
     "LayerState",
+    "Mamba2LayerState",
+    "Mamba3State",
     "MambaLayerState",
     "ModelState",
     "RWKV4LayerState",
+    "RWKV5LayerState",
+    "RWKV6LayerState",
     "RWKV7LayerState",
     "WKV4State",
     "load_state",
@@ -51,9 +56,25 @@ class RWKV4LayerState(NamedTuple):
     ffn_shift: Tensor
 
 
-class RWKV7LayerState(NamedTuple):
-    """One RWKV-7 block: the last input of time mixing ``(B, C)``, ``S`` as ``(B, H, K, V)``, the last input of the
+class RWKV5LayerState(NamedTuple):
+    """One RWKV-5 block: the last input of time mixing ``(B, C)``, ``S`` as ``(B, H, K, V)``, the last input of the
     channel mixing."""
+
+    att_shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
+
+
+class RWKV6LayerState(NamedTuple):
+    """One RWKV-6 block, as :class:`RWKV5LayerState`."""
+
+    att_shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
+
+
+class RWKV7LayerState(NamedTuple):
+    """One RWKV-7 block, as :class:`RWKV5LayerState`."""
 
     att_shift: Tensor
     wkv: Tensor
@@ -68,19 +89,56 @@ class MambaLayerState(NamedTuple):
     ssm: Tensor
 
 
-LayerState: TypeAlias = RWKV4LayerState | RWKV7LayerState | MambaLayerState
+class Mamba2LayerState(NamedTuple):
+    """One Mamba-2 block: the last W-1 inputs of the convolution ``(B, W-1, channels)`` (x, B and C beside each other),
+    oldest first, and the SSM state ``(B, H, P, N)``."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba3State(NamedTuple):
+    """One Mamba-3 block: rotary angles ``(B, H, S)``, the SSM state ``(B, H, P, N)``, and the last token's key
+    ``(B, R, H, N)``, biased and rotated, and value ``(B, H, P)``, which enter the state half a step late."""
+
+    angle: Tensor
+    ssm: Tensor
+    k: Tensor
+    v: Tensor
+
+
+LayerState: TypeAlias = (
+    RWKV4LayerState
+    | RWKV5LayerState
+    | RWKV6LayerState
+    | RWKV7LayerState
+    | MambaLayerState
+    | Mamba2LayerState
+    | Mamba3State
+)
 
 # The name a saved file carries, and the shape of each tensor in the order `_leaves` gives them.
-_FAMILIES: dict[str, type[Any]] = {"rwkv4": RWKV4LayerState, "rwkv7": RWKV7LayerState, "mamba": MambaLayerState}
+_FAMILIES: dict[str, type[Any]] = {
+    "rwkv4": RWKV4LayerState,
+    "rwkv5": RWKV5LayerState,
+    "rwkv6": RWKV6LayerState,
+    "rwkv7": RWKV7LayerState,
+    "mamba": MambaLayerState,
+    "mamba2": Mamba2LayerState,
+    "mamba3": Mamba3State,
+}
 _LEAVES: dict[str, tuple[str, ...]] = {
     "rwkv4": ("att_shift", "wkv.num", "wkv.den", "wkv.max", "ffn_shift"),
-    "rwkv7": ("att_shift", "wkv", "ffn_shift"),
-    "mamba": ("conv", "ssm"),
+    **dict.fromkeys(("rwkv5", "rwkv6", "rwkv7"), ("att_shift", "wkv", "ffn_shift")),
+    **dict.fromkeys(("mamba", "mamba2"), ("conv", "ssm")),
+    "mamba3": ("angle", "ssm", "k", "v"),
 }
 _DIMENSIONS = {
     "rwkv4": (2, 2, 2, 2, 2),
-    "rwkv7": (2, 4, 2),
+    **dict.fromkeys(("rwkv5", "rwkv6", "rwkv7"), (2, 4, 2)),
     "mamba": (3, 3),
+    "mamba2": (3, 4),
+    "mamba3": (3, 4, 4, 3),
 }
 
 _VERSION = "1"
@@ -100,9 +158,8 @@ def _rebuild(family: str, leaves: Sequence[Tensor]) -> LayerState:
     if family == "rwkv4":
         att_shift, num, den, largest, ffn_shift = leaves
         return RWKV4LayerState(att_shift, WKV4State(num, den, largest), ffn_shift)
-    if family == "rwkv7":
-        return RWKV7LayerState(*leaves)
-    return MambaLayerState(*leaves)
+    rebuilt: LayerState = _FAMILIES[family](*leaves)
+    return rebuilt
 
 
 class ModelState(NamedTuple):
@@ -115,7 +172,7 @@ class ModelState(NamedTuple):
 
     @property
     def family(self) -> str:
-        """``"rwkv4"``, ``"rwkv7"`` or ``"mamba"``."""
+        """``"rwkv4"``, ``"rwkv5"``, ``"rwkv6"``, ``"rwkv7"``, ``"mamba"``, ``"mamba2"`` or ``"mamba3"``."""
         if not self.layers:
             raise ValueError("a ModelState without layers belongs to no family")
         for name, kind in _FAMILIES.items():
@@ -199,35 +256,37 @@ class ModelState(NamedTuple):
     def to_layout(self, name: str) -> list[Tensor]:
         """The flat list of tensors another project keeps for this state, in its order and orientation.
 
-        ``"rwkv-pip"`` (batch 1, no batch axis): per layer 5 vectors for RWKV-4 (att_shift, num, den, max, ffn_shift),
-        3 tensors for RWKV-7 (att_shift, ``(H, V, K)``, ffn_shift). ``"transformers"``: RWKV-4 five tensors
-        ``(B, C, layers)`` with ffn_shift first; Mamba per layer conv ``(B, channels, W)`` and ssm. ``"mamba-ssm"``: the
-        same per layer. ``"mamba.py"``: per layer h, then inputs ``(B, channels, W-1)``.
+        Per layer, unless said otherwise; RWKV-4's average is num, den, max in all of them:
+
+        - ``"rwkv-pip"`` (one sequence, no batch axis): att_shift, average or matrix, ffn_shift. The matrix is
+          ``(H, K, V)`` in RWKV-5 and 6, ``(H, V, K)`` in RWKV-7.
+        - ``"rwkv-lm"`` (RWKV-LM's kernels and ``time_state``): the same order with a batch axis, matrices
+          ``(B, H, V, K)``.
+        - ``"fla"``: the same order with a batch axis, matrices ``(B, H, K, V)``.
+        - ``"ggml"`` (one sequence, no batch axis): ffn_shift first, then as ``"rwkv-pip"``.
+        - ``"transformers"``: RWKV-4 five tensors ``(B, C, layers)`` with ffn_shift first; Mamba conv
+          ``(B, channels, W)`` and ssm.
+        - ``"mamba-ssm"``: conv ``(B, channels, W)`` and ssm.
+        - ``"mamba.py"``: ssm, then conv ``(B, channels, W-1)``.
 
         Raises:
             ValueError: an unknown name, a layout that cannot hold this family, or a batch it has no room for.
         """
-        family = self.family
-        _check_layout(name, family)
-        if name == "rwkv-pip" and self.batch_size != 1:
-            raise ValueError(f"layout 'rwkv-pip' holds one sequence, this state has {self.batch_size}: select one row")
-        if name == "transformers" and family == "rwkv4":
+        layout = _find_layout(name, self.family)
+        if not layout.batched and self.batch_size != 1:
+            raise ValueError(f"layout {name!r} holds one sequence, this state has {self.batch_size}: select one row")
+        if layout.by_slot:
             slots = zip(*(_leaves(layer) for layer in self.layers), strict=True)
-            att, num, den, largest, ffn = (torch.stack(slot, dim=-1) for slot in slots)
-            return [ffn, att, num, den, largest]
+            found = [torch.stack(slot, dim=-1) for slot in slots]
+            return [found[index] for index in layout.order]
         flat: list[Tensor] = []
         for layer in self.layers:
-            if isinstance(layer, MambaLayerState):
-                window = layer.conv.transpose(1, 2)  # (B, channels, W-1)
-                if name == "mamba.py":
-                    flat += [layer.ssm, window]
-                else:  # these projects keep W columns and never read the first
-                    flat += [torch.cat([torch.zeros_like(layer.conv[:, :1]).transpose(1, 2), window], 2), layer.ssm]
-                continue
-            leaves = [leaf[0] for leaf in _leaves(layer)]
-            if isinstance(layer, RWKV7LayerState):
-                leaves[1] = leaves[1].transpose(-1, -2)
-            flat += leaves
+            leaves = _leaves(layer)
+            if layout.turned is not None:
+                leaves[layout.turned] = leaves[layout.turned].transpose(-1, -2)
+            if layout.spare_column:  # these projects keep W columns and never read the first
+                leaves[0] = torch.cat([torch.zeros_like(leaves[0][..., :1]), leaves[0]], -1)
+            flat += [leaves[index] if layout.batched else leaves[index][0] for index in layout.order]
         return [tensor.clone() for tensor in flat]
 
     def from_layout(self, name: str, tensors: Sequence[Tensor]) -> ModelState:
@@ -246,50 +305,81 @@ class ModelState(NamedTuple):
                 raise ValueError(
                     f"tensor {index} of layout {name!r} has shape {tuple(given.shape)}, expected {tuple(want.shape)}"
                 )
-        family = self.family
-        if name == "transformers" and family == "rwkv4":
-            ffn, att, num, den, largest = tensors
-            columns = [[slot[..., i] for slot in (att, num, den, largest, ffn)] for i in range(len(self.layers))]
-        else:
-            count = len(_LEAVES[family])
-            columns = [list(tensors[i * count : (i + 1) * count]) for i in range(len(self.layers))]
-            for leaves in columns:
-                if family == "mamba":
-                    if name == "mamba.py":
-                        leaves.reverse()
-                    else:
-                        leaves[0] = leaves[0][..., 1:]
-                    leaves[0] = leaves[0].transpose(1, 2)
-                else:
-                    leaves[:] = [leaf[None] for leaf in leaves]
-                    if family == "rwkv7":
-                        leaves[1] = leaves[1].transpose(-1, -2)
-        layers = [
-            _rebuild(
-                family,
-                [
-                    given.to(device=own.device, dtype=own.dtype, copy=True).contiguous()
-                    for given, own in zip(leaves, _leaves(layer), strict=True)
-                ],
-            )
-            for leaves, layer in zip(columns, self.layers, strict=True)
-        ]
+        family, layout = self.family, _find_layout(name, self.family)
+        count = len(layout.order)
+        layers = []
+        for number, layer in enumerate(self.layers):
+            if layout.by_slot:
+                given_leaves = [slot[..., number] for slot in tensors]
+            else:
+                given_leaves = list(tensors[number * count : (number + 1) * count])
+            leaves = [given_leaves[layout.order.index(index)] for index in range(count)]
+            if not layout.batched:
+                leaves = [leaf[None] for leaf in leaves]
+            if layout.spare_column:
+                leaves[0] = leaves[0][..., 1:]
+            if layout.turned is not None:
+                leaves[layout.turned] = leaves[layout.turned].transpose(-1, -2)
+            moved = [
+                given.to(device=own.device, dtype=own.dtype, copy=True).contiguous()
+                for given, own in zip(leaves, _leaves(layer), strict=True)
+            ]
+            layers.append(_rebuild(family, moved))
         return ModelState(tuple(layers))
 
 
-_LAYOUTS: dict[str, tuple[str, ...]] = {
-    "rwkv-pip": ("rwkv4", "rwkv7"),
-    "transformers": ("rwkv4", "mamba"),
-    "mamba-ssm": ("mamba",),
-    "mamba.py": ("mamba",),
+class _Layout(NamedTuple):
+    """How a project holds the leaves of a layer, counted as in ``_LEAVES``."""
+
+    order: tuple[int, ...]
+    batched: bool = True
+    turned: int | None = None  # the leaf whose last two axes it swaps
+    spare_column: bool = False  # of a convolution window
+    by_slot: bool = False  # one tensor a leaf for all layers, on the last axis, instead of one a layer
+
+
+_AVERAGE, _MATRIX = (0, 1, 2, 3, 4), (0, 1, 2)
+_LAYOUTS: dict[str, dict[str, _Layout]] = {
+    "rwkv-pip": {
+        "rwkv4": _Layout(_AVERAGE, batched=False),
+        "rwkv5": _Layout(_MATRIX, batched=False),
+        "rwkv6": _Layout(_MATRIX, batched=False),
+        "rwkv7": _Layout(_MATRIX, batched=False, turned=1),
+    },
+    "rwkv-lm": {
+        "rwkv4": _Layout(_AVERAGE),
+        "rwkv5": _Layout(_MATRIX, turned=1),
+        "rwkv6": _Layout(_MATRIX, turned=1),
+        "rwkv7": _Layout(_MATRIX, turned=1),
+    },
+    "fla": {
+        "rwkv6": _Layout(_MATRIX),
+        "rwkv7": _Layout(_MATRIX),
+    },
+    "ggml": {
+        "rwkv4": _Layout((4, 0, 1, 2, 3), batched=False),
+        "rwkv6": _Layout((2, 0, 1), batched=False),
+        "rwkv7": _Layout((2, 0, 1), batched=False, turned=1),
+    },
+    "transformers": {
+        "rwkv4": _Layout((4, 0, 1, 2, 3), by_slot=True),
+        "mamba": _Layout((0, 1), turned=0, spare_column=True),
+        "mamba2": _Layout((0, 1), turned=0, spare_column=True),
+    },
+    "mamba-ssm": {
+        "mamba": _Layout((0, 1), turned=0, spare_column=True),
+        "mamba2": _Layout((0, 1), turned=0, spare_column=True),
+    },
+    "mamba.py": {"mamba": _Layout((1, 0), turned=0)},
 }
 
 
-def _check_layout(name: str, family: str) -> None:
+def _find_layout(name: str, family: str) -> _Layout:
     if name not in _LAYOUTS:
         raise ValueError(f"unknown state layout {name!r}; known: {', '.join(sorted(_LAYOUTS))}")
     if family not in _LAYOUTS[name]:
         raise ValueError(f"layout {name!r} cannot hold a {family} state (it holds {', '.join(_LAYOUTS[name])})")
+    return _LAYOUTS[name][family]
 
 
 def stack(states: Sequence[ModelState]) -> ModelState:
