@@ -65,10 +65,11 @@ def _transformers_mamba(layers: int, width: int) -> tuple[nn.Module, Logits]:
 
 
 def _mambapy(layers: int, width: int) -> tuple[nn.Module, Logits]:
-    from mambapy.lm import LM
-    from mambapy.mamba import MambaConfig
+    """Its blocks between an embedding and a head: its own language model cannot be imported without mamba_ssm."""
+    from mambapy.mamba import Mamba, MambaConfig
 
-    model = LM(MambaConfig(d_model=width, n_layers=2 * layers), vocab_size=256)
+    blocks = Mamba(MambaConfig(d_model=width, n_layers=2 * layers))
+    model = nn.Sequential(nn.Embedding(256, width), blocks, nn.LayerNorm(width), nn.Linear(width, 256, bias=False))
     return model, model
 
 

@@ -102,9 +102,8 @@ template <class T>
 STATEWISE_INLINE void store(bf16* p, Vec<T> x) {
     u32x bits = bits_of<u32x>(x);
     u32x rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    u32x quiet = (bits >> 16) | 0x40u;
     Int<float> number = x == x;
-    rounded = number ? rounded : quiet;
+    rounded = number ? rounded : u32x{} + 0x7fc0u;
     u16x half = __builtin_convertvector(rounded, u16x);
     std::memcpy(p, &half, sizeof half);
 }

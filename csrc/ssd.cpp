@@ -33,9 +33,11 @@ constexpr int64_t padded(int64_t size) {
     return round_up(size, kLanes<T> > kRows ? kLanes<T> : kRows);
 }
 
-template <class T>
+// Step sizes are of the dtype of sums: one rounded to bfloat16 would be a different decay.
+template <class IO, class T>
 struct Inputs {
-    const T *x, *dt, *B, *C, *z, *A, *D;
+    const IO *x, *B, *C, *z;
+    const T *dt, *A, *D;
 };
 
 // ---- matrices: rows of whole vectors
@@ -124,8 +126,8 @@ __attribute__((noinline)) void transpose(const T* from, T* to, int64_t rows, int
 }
 
 // `rows` rows of `count` numbers into rows of `width`, up to `most` of them; zeros elsewhere.
-template <class T>
-void widen(const T* from, int64_t stride, int64_t rows, int64_t count, T* to, int64_t most, int64_t width) {
+template <class T, class IO>
+void widen(const IO* from, int64_t stride, int64_t rows, int64_t count, T* to, int64_t most, int64_t width) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < width; i += kLanes<T>) store<T>(to + r * width + i, load<T>(from + r * stride + i, count - i));
     std::fill(to + rows * width, to + most * width, T(0));
@@ -154,8 +156,8 @@ int64_t scores_size(const Span* spans, int64_t n, Shape shape) {
     return (first_slot(spans, n - 1, kChunk) + last) * shape.G * kChunk * kChunk;
 }
 
-template <class T>
-void find_scores(const Inputs<T>& in, const Span* spans, int64_t n, Shape shape, T* scores) {
+template <class IO, class T>
+void find_scores(const Inputs<IO, T>& in, const Span* spans, int64_t n, Shape shape, T* scores) {
     const int64_t N = shape.N, width = padded<T>(N);
     Scratch<T> B(kChunk * width), C(kChunk * width), turned(kChunk * width);
     for (int64_t i = 0; i < n; ++i) {
@@ -188,7 +190,8 @@ struct Chunk {
     const T* whole() const { return upto + kChunk - 1; }
 
     // Tokens token .. token + length. Without scores, only what the next state needs.
-    void fill(const Inputs<T>& in, int64_t token, int64_t length, Shape shape, int64_t head, const T* scores) {
+    template <class IO>
+    void fill(const Inputs<IO, T>& in, int64_t token, int64_t length, Shape shape, int64_t head, const T* scores) {
         constexpr int64_t lanes = kLanes<T>;
         const int64_t group = head / (shape.H / shape.G), from = (token * shape.G + group) * shape.N;
         T decay[kChunk];
@@ -229,9 +232,9 @@ struct Chunk {
 
 // ---- forward: the state as (N, P), so that outputs are sums of its rows
 
-template <class T>
+template <class IO, class T>
 void forward_head(
-    const Inputs<T>& in, const T* scores, const T* begin, T* y, T* end, T* kept, Span span, Shape shape, int64_t head,
+    const Inputs<IO, T>& in, const T* scores, const T* begin, IO* y, T* end, T* kept, Span span, Shape shape, int64_t head,
     Chunk<T>& chunk, T* state, T* turned, T* out) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t P = shape.P, N = shape.N, H = shape.H, group = head / (H / shape.G);
@@ -261,21 +264,21 @@ void forward_head(
     narrow<T>(turned, chunk.N, end, N, P, N);
 }
 
-template <class T>
+template <class IO, class T>
 void forward(
-    Inputs<T> in, const Span* spans, int64_t n, Shape shape, const T* begin, T* y, T* end, T* kept, int64_t threads) {
+    Inputs<IO, T> in, const Span* spans, int64_t n, Shape shape, const T* begin, IO* y, T* end, T* kept, int64_t threads) {
     const int64_t size = shape.P * shape.N;
     Scratch<T> all_scores(scores_size<T>(spans, n, shape));
     T* scores = all_scores;
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
     {
-        find_scores<T>(in, spans, n, shape, scores);
+        find_scores<IO, T>(in, spans, n, shape, scores);
         Chunk<T> chunk(shape);
         Scratch<T> state(chunk.P * chunk.N), turned(chunk.P * chunk.N), out(kChunk * chunk.P);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < n * shape.H; ++task) {
             const int64_t i = task / shape.H, head = task % shape.H;
-            forward_head<T>(
+            forward_head<IO, T>(
                 in, scores + first_slot(spans, i, kChunk) * shape.G * kChunk * kChunk, begin + task * size, y,
                 end + task * size, kept ? kept + (first_slot(spans, i, kEvery) * shape.H + head) * size : nullptr,
                 spans[i], shape, head, chunk, state, turned, out);
@@ -285,9 +288,10 @@ void forward(
 
 // ---- backward: states as (P, N), so that the gradients of B and C are sums of their rows
 
-template <class T>
+template <class IO, class T>
 struct Gradients {
-    T *x, *dt, *z, *A, *D, *begin;
+    IO *x, *z;
+    T *dt, *A, *D, *begin;
     T *B, *C;  // of this task's heads
     int64_t stride;
     bool first;  // no head before this one
@@ -340,9 +344,9 @@ T inner(const T* x, const T* y, int64_t count) {  // count: whole numbers of kRo
 }
 
 // One chunk back: work.grad is the cotangent of the state after it on entry, before it on return.
-template <class T>
+template <class IO, class T>
 void backward_chunk(
-    const Inputs<T>& in, const T* scores, const T* grad_y, const T* state, Gradients<T> out, int64_t token,
+    const Inputs<IO, T>& in, const T* scores, const IO* grad_y, const T* state, Gradients<IO, T> out, int64_t token,
     int64_t length, Shape shape, int64_t head, Chunk<T>& chunk, BackWork<T>& work) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t P = shape.P, N = shape.N, H = shape.H, row = H * P, at = (token * H + head) * P;
@@ -416,10 +420,10 @@ void backward_chunk(
     }
 }
 
-template <class T>
+template <class IO, class T>
 void backward_head(
-    const Inputs<T>& in, const T* scores, const T* kept, const T* grad_y, const T* grad_end, Gradients<T> out,
-    Span span, Shape shape, int64_t head, Chunk<T>& chunk, BackWork<T>& work) {
+    const Inputs<IO, T>& in, const T* scores, const T* kept, const IO* grad_y, const T* grad_end,
+    Gradients<IO, T> out, Span span, Shape shape, int64_t head, Chunk<T>& chunk, BackWork<T>& work) {
     const int64_t P = shape.P, N = shape.N, group = head / (shape.H / shape.G), size = chunk.P * chunk.N;
     widen<T>(grad_end, N, P, N, work.grad, chunk.P, chunk.N);
     std::fill((T*)work.D, work.D + chunk.P, T(0));
@@ -437,7 +441,7 @@ void backward_head(
                 chunk.B, chunk.P, chunk.N, kChunk);
         }
         for (int64_t c = chunks - 1; c >= 0; --c)
-            backward_chunk<T>(
+            backward_chunk<IO, T>(
                 in, scores + ((start / kChunk + c) * shape.G + group) * kChunk * kChunk, grad_y, work.states + c * size,
                 out, span.begin + start + c * kChunk, std::min(kChunk, count - c * kChunk), shape, head, chunk, work);
     }
@@ -445,58 +449,63 @@ void backward_head(
     if (in.D) std::copy_n((T*)work.D, P, out.D + head * P);
 }
 
-template <class T>
+template <class IO, class T>
 void backward(
-    Inputs<T> in, const Span* spans, int64_t n, Shape shape, const T* kept, const T* grad_y, const T* grad_end,
-    Gradients<T> out, int64_t threads) {
+    Inputs<IO, T> in, const Span* spans, int64_t n, Shape shape, const T* kept, const IO* grad_y, const T* grad_end,
+    Gradients<IO, T> out, IO* grad_B, IO* grad_C, int64_t threads) {
     const int64_t N = shape.N, size = shape.P * N, heads = shape.H / shape.G;
-    const int64_t blocks = (heads + kHeads - 1) / kHeads;  // of a group: the first writes where the sum will be
+    const int64_t blocks = (heads + kHeads - 1) / kHeads;  // of a group
     int64_t tokens = 0;
     for (int64_t i = 0; i < n; ++i) tokens = std::max(tokens, spans[i].begin + spans[i].count);
     const int64_t part = tokens * shape.G * N;
-    Scratch<T> all_scores(scores_size<T>(spans, n, shape)), all_parts(2 * (blocks - 1) * part);
-    T *scores = all_scores, *parts_B = all_parts, *parts_C = parts_B + (blocks - 1) * part;
+    // Where sums have the dtype of gradients, the first block writes where the sum will be.
+    constexpr bool in_place = std::is_same<IO, T>::value;
+    const int64_t parts = blocks - in_place;
+    Scratch<T> all_scores(scores_size<T>(spans, n, shape)), all_parts(2 * parts * part);
+    T *scores = all_scores, *parts_B = all_parts, *parts_C = parts_B + parts * part;
+    auto part_of = [&](int64_t block, T* all, [[maybe_unused]] IO* grad) -> T* {
+        if constexpr (in_place) return block ? all + (block - 1) * part : grad;
+        return all + block * part;
+    };
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
     {
-        find_scores<T>(in, spans, n, shape, scores);
+        find_scores<IO, T>(in, spans, n, shape, scores);
         Chunk<T> chunk(shape);
         BackWork<T> work(chunk.P, chunk.N);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < n * shape.G * blocks; ++task) {
             const int64_t i = task / (shape.G * blocks), group = task / blocks % shape.G, block = task % blocks;
-            Gradients<T> mine = out;
+            Gradients<IO, T> mine = out;
             mine.A += i * shape.H;
             if (mine.D) mine.D += i * shape.H * shape.P;
-            mine.B = (block ? parts_B + (block - 1) * part : out.B) + group * N;
-            mine.C = (block ? parts_C + (block - 1) * part : out.C) + group * N;
+            mine.B = part_of(block, parts_B, grad_B) + group * N;
+            mine.C = part_of(block, parts_C, grad_C) + group * N;
             mine.stride = shape.G * N;
             for (int64_t of = block * kHeads; of < std::min(heads, (block + 1) * kHeads); ++of) {
                 const int64_t head = group * heads + of;
                 mine.begin = out.begin + (i * shape.H + head) * size;
                 mine.first = of == block * kHeads;
-                backward_head<T>(
+                backward_head<IO, T>(
                     in, scores + first_slot(spans, i, kChunk) * shape.G * kChunk * kChunk,
                     kept + (first_slot(spans, i, kEvery) * shape.H + head) * size, grad_y,
                     grad_end + (i * shape.H + head) * size, mine, spans[i], shape, head, chunk, work);
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; ++token)
-            for (int64_t block = 0; block + 1 < blocks; ++block)
-                for (int64_t at = token * shape.G * N; at < (token + 1) * shape.G * N; ++at) {
-                    out.B[at] += parts_B[block * part + at];
-                    out.C[at] += parts_C[block * part + at];
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t token = spans[i].begin; token < spans[i].begin + spans[i].count; ++token)
+                for (int64_t at = token * shape.G * N; at < (token + 1) * shape.G * N; at += kLanes<T>) {
+                    const int64_t left = (token + 1) * shape.G * N - at;
+                    Vec<T> d_B = load<T>(part_of(0, parts_B, grad_B) + at, left);
+                    Vec<T> d_C = load<T>(part_of(0, parts_C, grad_C) + at, left);
+                    for (int64_t block = 1; block < blocks; ++block) {
+                        d_B += load<T>(part_of(block, parts_B, grad_B) + at, left);
+                        d_C += load<T>(part_of(block, parts_C, grad_C) + at, left);
+                    }
+                    store<T>(grad_B + at, d_B, left);
+                    store<T>(grad_C + at, d_C, left);
                 }
     }
-}
-
-// In float32 and float64 alone: a step size rounded to bfloat16 would be a different decay.
-template <class Kernel>
-int with_sums(int64_t dtype, Kernel kernel) {
-    return dispatch(dtype, [&](auto io, auto t) {
-        if constexpr (std::is_same<decltype(io), decltype(t)>::value) return kernel(t), true;
-        return false;
-    });
 }
 
 }  // namespace
@@ -506,11 +515,13 @@ STATEWISE_EXPORT int ssd_forward(
     int64_t dtype, const void* x, const void* dt, const void* B, const void* C, const void* z, const void* A,
     const void* D, const void* spans, int64_t n, int64_t H, int64_t P, int64_t N, int64_t G, const void* begin, void* y,
     void* end, void* kept, int64_t threads) {
-    return with_sums(dtype, [&](auto t) {
+    return dispatch(dtype, [&](auto io, auto t) {
+        using IO = decltype(io);
         using T = decltype(t);
-        forward<T>(
-            Inputs<T>{(const T*)x, (const T*)dt, (const T*)B, (const T*)C, (const T*)z, (const T*)A, (const T*)D},
-            (const Span*)spans, n, Shape{H, P, N, G}, (const T*)begin, (T*)y, (T*)end, (T*)kept, threads);
+        forward<IO, T>(
+            Inputs<IO, T>{(const IO*)x, (const IO*)B, (const IO*)C, (const IO*)z, (const T*)dt, (const T*)A, (const T*)D},
+            (const Span*)spans, n, Shape{H, P, N, G}, (const T*)begin, (IO*)y, (T*)end, (T*)kept, threads);
+        return true;
     });
 }
 
@@ -519,13 +530,15 @@ STATEWISE_EXPORT int ssd_backward(
     const void* D, const void* spans, int64_t n, int64_t H, int64_t P, int64_t N, int64_t G, const void* /*begin*/,
     const void* /*end*/, const void* kept, const void* grad_y, const void* grad_end, void* grad_x, void* grad_dt,
     void* grad_B, void* grad_C, void* grad_z, void* grad_A, void* grad_D, void* grad_begin, int64_t threads) {
-    return with_sums(dtype, [&](auto t) {
+    return dispatch(dtype, [&](auto io, auto t) {
+        using IO = decltype(io);
         using T = decltype(t);
-        backward<T>(
-            Inputs<T>{(const T*)x, (const T*)dt, (const T*)B, (const T*)C, (const T*)z, (const T*)A, (const T*)D},
-            (const Span*)spans, n, Shape{H, P, N, G}, (const T*)kept, (const T*)grad_y, (const T*)grad_end,
-            Gradients<T>{(T*)grad_x, (T*)grad_dt, (T*)grad_z, (T*)grad_A, (T*)grad_D, (T*)grad_begin, (T*)grad_B,
-                         (T*)grad_C, 0, true},
-            threads);
+        backward<IO, T>(
+            Inputs<IO, T>{(const IO*)x, (const IO*)B, (const IO*)C, (const IO*)z, (const T*)dt, (const T*)A, (const T*)D},
+            (const Span*)spans, n, Shape{H, P, N, G}, (const T*)kept, (const IO*)grad_y, (const T*)grad_end,
+            Gradients<IO, T>{(IO*)grad_x, (IO*)grad_z, (T*)grad_dt, (T*)grad_A, (T*)grad_D, (T*)grad_begin, nullptr,
+                             nullptr, 0, true},
+            (IO*)grad_B, (IO*)grad_C, threads);
+        return true;
     });
 }

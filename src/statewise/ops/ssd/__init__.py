@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statewise.ops.checks import accumulation_dtype, check_shapes, start_state
+from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
@@ -79,8 +79,10 @@ def ssd(
         if lengths is not None:  # the one input that torch computes with where the kernel never looks
             dt = blank(dt, valid_steps(lengths, time))
         size = _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+        carried = activation_dtype(dtype, x, B, C, z)
+        x_, B_, C_, z_ = (None if value is None else value.to(carried) for value in (x, B, C, z))
         y, end = native.ssd(
-            [None if value is None else value.to(dtype) for value in (x, size, B, C, z)],
+            [x_, size, B_, C_, z_],
             A.to(dtype),
             None if D is None else (D if D.dim() == 2 else D[:, None].expand(x.shape[2:])).to(dtype),
             begin,
