@@ -104,7 +104,10 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **
             )
         if not tensor.dtype.is_floating_point:
             raise WeightsError(f"{name}: tensor {key} has dtype {tensor.dtype}; weights are floating point")
-    tensors = {key: tensor.to(dtype, copy=True).contiguous() for key, tensor in found.tensors.items()}
+    # One at a time, and let go: memory holds the checkpoint once.
+    tensors = {}
+    for key in list(found.tensors):
+        tensors[key] = found.tensors.pop(key).to(dtype).contiguous()
     model.load_state_dict(tensors, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)

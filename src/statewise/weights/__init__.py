@@ -46,7 +46,8 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
     """Open a checkpoint without being told what it is.
 
     Args:
-        path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` file, or a directory holding one beside ``config.json``.
+        path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` file, or a directory holding one, or several and their
+            index, beside ``config.json``.
         **fields: what the file cannot tell; these win over what configuration text in the file says.
 
     Raises:
@@ -55,11 +56,17 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
     """
     source = Path(path)
     config: dict[str, Any] | None = None
+    sources = [source]
     if source.is_dir():
-        config, source = files.open_directory(source)
+        config, sources = files.open_directory(source)
     elif not source.exists():
         raise FileNotFoundError(f"no checkpoint at {source}")
-    tensors = files.read_tensors(source)
+    tensors: dict[str, Tensor] = {}
+    for part in sources:
+        found_here = files.read_tensors(part)
+        if twice := sorted(set(found_here) & set(tensors)):
+            raise WeightsError(f"{part}: tensor {twice[0]} is in another file of this checkpoint, too")
+        tensors |= found_here
     try:
         found = _recognise(config, tensors)
     except ValueError as error:

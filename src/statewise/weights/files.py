@@ -1,47 +1,82 @@
-"""Tensor files, opened with suspicion: limits are checked before torch sees a byte."""
+"""Tensor files, opened with suspicion: what one claims is checked against it before a byte of a tensor is read."""
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import struct
-import zipfile
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
+from statewise.weights.claims import LARGEST_HEADER, Claim, read_claims
+from statewise.weights.torch_zip import read_zip
 
 __all__ = ["open_directory", "read_tensors", "write_safetensors"]
 
-_LARGEST_CONFIG = 1 << 24
-_LARGEST_HEADER = 1 << 26
-_MOST_TENSORS = 100_000
-#: Where a directory keeps its tensors, best first.
-_NAMES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
+_LARGEST_CONFIG = 1 << 22
+#: Where a directory keeps its tensors, best first; an index names several files.
+_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+    "model.pth",
+)
+_SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def open_directory(directory: Path) -> tuple[dict[str, Any], Path]:
-    """``config.json`` parsed (with "Infinity" allowed, as some writers spell it), and the tensor file beside it."""
+def open_directory(directory: Path) -> tuple[dict[str, Any], list[Path]]:
+    """``config.json`` parsed (with "Infinity" allowed, as some writers spell it), and the tensor files beside it."""
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise WeightsError(f"{directory}: no config.json in this directory: not a checkpoint")
-    if config_path.stat().st_size > _LARGEST_CONFIG:
-        raise WeightsError(f"{config_path}: larger than {_LARGEST_CONFIG} bytes")
-    try:
-        config = json.loads(config_path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{config_path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{config_path}: holds a {type(config).__name__}, expected an object")
+    config = _parse_json(config_path)
     for name in _NAMES:
-        if (directory / name).is_file():
-            return config, directory / name
+        path = directory / name
+        if path.is_file():
+            return config, _shards(directory, path) if name.endswith(".json") else [path]
     raise WeightsError(f"{directory}: no tensors here (looked for {', '.join(_NAMES)})")
+
+
+def _shards(directory: Path, index: Path) -> list[Path]:
+    """The files an index names: beside it, and nowhere else."""
+    where = _parse_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise WeightsError(f"{index}: has no weight_map of tensors to files")
+    names = sorted(set(where.values()))
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise WeightsError(f"{index}: names the file {name!r}, which is not in this directory")
+    return [directory / name for name in names]
+
+
+def _parse_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise WeightsError(f"{path}: larger than {_LARGEST_CONFIG} bytes")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -58,62 +93,54 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")
     if path.suffix == ".safetensors":
-        tensors = _read_safetensors(path, start, size)
-    elif start[:4] == b"PK\x03\x04":
-        tensors = _read_torch_zip(path)
-    else:
-        raise WeightsError(f"{path}: neither safetensors nor a zip written by torch.save (starts with {start!r})")
-    if not tensors:
-        raise WeightsError(f"{path}: holds no tensors")
-    return tensors
+        return read_claims(path, _claim_safetensors(path, start, size))
+    if start[:4] == b"PK\x03\x04":
+        return read_claims(path, read_zip(path))
+    raise WeightsError(f"{path}: neither safetensors nor a zip written by torch.save (starts with {start!r})")
 
 
-def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _claim_safetensors(path: Path, start: bytes, size: int) -> list[Claim]:
     if len(start) < 8:
         raise WeightsError(f"{path}: {size} bytes are too few for safetensors")
-    (header,) = struct.unpack("<Q", start)
-    if header > min(_LARGEST_HEADER, size - 8):
-        raise WeightsError(f"{path}: claims a header of {header} bytes in a file of {size}")
+    (length,) = struct.unpack("<Q", start)
+    if length > min(LARGEST_HEADER, size - 8):
+        raise WeightsError(f"{path}: claims a header of {length} bytes in a file of {size}")
+    with open(path, "rb") as handle:
+        handle.seek(8)
+        text = handle.read(length)
     try:
-        return dict(load_file(path))
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise WeightsError(f"{path}: {error}") from error
+        header = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path}: the header holds a {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    claims = []
+    for name, entry in header.items():
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in _SAFETENSORS:
+            raise WeightsError(f"{path}: tensor {name} has dtype {dtype!r:.40}; accepted are {', '.join(_SAFETENSORS)}")
+        if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+            raise WeightsError(f"{path}: tensor {name} has no shape and two offsets: {shape!r:.80}, {offsets!r:.80}")
+        begin, end = offsets
+        claims.append(Claim(name, _SAFETENSORS[dtype], tuple(shape), 8 + length + begin, end - begin))
+    in_order = sorted((claim for claim in claims if claim.size > 0), key=lambda claim: claim.start)
+    for before, after in pairwise(in_order):
+        if before.start + before.size > after.start:
+            raise WeightsError(f"{path}: tensors {before.name} and {after.name} overlap")
+    return claims
 
 
-def _read_torch_zip(path: Path) -> dict[str, Tensor]:
-    # torch does not hold a storage's claimed size against its record, nor notice damage: the zip itself does both.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if len(entries) > _MOST_TENSORS:
-                raise WeightsError(f"{path}: {len(entries)} zip entries; at most {_MOST_TENSORS} are accepted")
-            for entry in entries:
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise WeightsError(f"{path}: zip entry {entry.filename!r} is compressed; torch.save stores entries")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path}: not a readable zip: {error}") from error
-    if damaged is not None:
-        raise WeightsError(f"{path}: zip entry {damaged!r} is damaged (checksum differs)")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, expected a dictionary of tensors")
-    for wrapper in ("model", "state_dict"):
-        if isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    size = os.path.getsize(path)
-    for name, tensor in loaded.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise WeightsError(f"{path}: entry {name!r} is a {type(tensor).__name__}, expected a tensor")
-        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size:
-            raise WeightsError(f"{path}: tensor {name} of shape {tuple(tensor.shape)} is larger than the file")
-    return dict(loaded)
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
