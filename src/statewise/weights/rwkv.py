@@ -1,6 +1,6 @@
 """RWKV's published ``.pth`` files: a flat dictionary whose names are our modules' names, and whose sizes tell the rest.
 
-Pure functions on names and tensors. RWKV-5 and RWKV-6 files are recognised and refused by name.
+Pure functions on names and tensors.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ _RANKS = {"decay_rank": "w1", "iclr_rank": "a1", "value_rank": "v1", "gate_rank"
 
 
 def detect(names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """``"rwkv4"``, ``"rwkv7"``, or ``None`` for what is no RWKV.
-
-    Raises:
-        ValueError: an RWKV of a generation this release does not know.
-    """
+    """``"rwkv4"``, ``"rwkv5"``, ``"rwkv6"``, ``"rwkv7"``, or ``None`` for what is no RWKV."""
     if "blocks.0.att.r_k" in names:
         return "rwkv7"
     if "blocks.0.att.time_maa_x" in names or "blocks.0.att.time_maa_w1" in names:
-        raise ValueError("these are RWKV-6 weights, which this release does not support")
+        return "rwkv6"
     if "blocks.0.att.ln_x.weight" in names:
-        raise ValueError("these are RWKV-5 weights, which this release does not support")
+        return "rwkv5"
     if {"blocks.0.att.time_decay", "blocks.0.att.time_first"} <= names:
         return "rwkv4"
     return None
@@ -61,6 +57,16 @@ def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         "width": width,
         "ffn_width": shape("blocks.0.ffn.key.weight", 2)[0],
     }
+    if architecture == "rwkv5":
+        version, heads = _generation_of_5(kept)
+        if heads < 1 or width % heads:
+            raise ValueError(f"blocks.0.att.time_decay has {heads} heads, which do not divide the width {width}")
+        fields |= {"version": version, "head_size": width // heads}
+    if architecture == "rwkv6":
+        fields["head_size"] = shape("blocks.0.att.time_faaaa", 2)[1]
+        # For wide models released files have twice the rank of others; the tensors alone are right.
+        fields["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
+        fields["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
     if architecture == "rwkv7":
         fields["head_size"] = shape("blocks.0.att.r_k", 2)[1]
         # Ranks follow several published formulas; the tensors alone are right.
@@ -69,6 +75,19 @@ def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
             if block < len(layers):
                 fields[field] = shape(f"blocks.{block}.att.{name}", 2)[1]
     return fields, kept
+
+
+def _generation_of_5(tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """``"5.0"``, ``"5.1"`` or ``"5.2"``, and the heads: 5.1 brought the gate, 5.2 a decay for each key row."""
+    name = "blocks.0.att.time_decay"
+    if name not in tensors:
+        raise ValueError(f"tensor {name} is missing")
+    decay = tensors[name]
+    if decay.dim() not in (1, 2):
+        raise ValueError(f"tensor {name} has shape {tuple(decay.shape)}, expected 1 or 2 axes")
+    per_row = decay.dim() == 2
+    gated = "blocks.0.att.gate.weight" in tensors
+    return ("5.2" if per_row else "5.1" if gated else "5.0"), decay.shape[0]
 
 
 def from_ours(architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
