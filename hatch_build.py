@@ -21,9 +21,12 @@ class KernelsHook(BuildHookInterface):
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        folder = root / "src" / "statewise" / "ops"
         try:
-            module.build(root / "src" / "statewise" / "ops")
+            module.build(folder)
         except RuntimeError as error:
+            for stale in folder.glob("_kernels_*.so"):  # of an earlier build: it may be of other sources
+                stale.unlink()
             print(f"statewise: built without compiled CPU kernels; plain torch serves. {error}", file=sys.stderr)
             return
         # One wheel a platform: the libraries know neither Python nor torch.
