@@ -7,6 +7,7 @@ token; all return the same numbers. :func:`backends` tells what runs where.
 from statewise.ops.bi_wkv import bi_wkv, bi_wkv_step
 from statewise.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from statewise.ops.dispatch import backends
+from statewise.ops.mamba3 import mamba3, mamba3_step
 from statewise.ops.selective_scan import selective_scan, selective_scan_step
 from statewise.ops.ssd import ssd, ssd_step
 from statewise.ops.token_mix import token_mix, token_mix_step
@@ -21,6 +22,8 @@ __all__ = [
     "bi_wkv_step",
     "causal_conv1d",
     "causal_conv1d_step",
+    "mamba3",
+    "mamba3_step",
     "selective_scan",
     "selective_scan_step",
     "ssd",

@@ -23,6 +23,7 @@ _PLANNED = {
 _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch", "native"),
     "causal_conv1d": ("reference", "torch", "native"),
+    "mamba3": ("reference", "torch"),
     "selective_scan": ("reference", "torch", "native"),
     "ssd": ("reference", "torch", "native"),
     "token_mix": ("reference", "torch", "native"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from statewise import ops
-from statewise.state import WKV4State
+from statewise.state import Mamba3State, WKV4State
 
 __all__ = ["CASES", "OpCase"]
 
@@ -154,6 +154,32 @@ def _ssd_full(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
     return {**inputs, **extra, "B": draw(B, T, 2, 5), "C": draw(B, T, 2, 5)}
 
 
+def _mamba3(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
+    H, P, N, S = 4, 3, 6, 2
+    return {
+        "C": draw(B, T, 2, N),
+        "B": draw(B, T, 2, N),
+        "x": draw(B, T, H, P),
+        "log_decay": -torch.exp(draw(B, T, H) - 2),
+        "dt": torch.exp(draw(B, T, H) - 2),
+        "trap": draw(B, T, H),
+        "angles": draw(B, T, H, S),
+        "C_bias": draw(H, N),
+        "B_bias": draw(H, N),
+    }
+
+
+def _mamba3_ranks(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
+    H, R, P, N = 4, 2, 3, 6
+    ranked = {"C": draw(B, T, R, 1, N), "B": draw(B, T, R, 1, N), "C_bias": draw(H, R, N), "B_bias": draw(H, R, N)}
+    mimo = {"mimo_x": draw(H, R, P), "mimo_z": draw(H, R, P), "mimo_o": draw(H, R, P)}
+    return {**_mamba3(draw, B, T), **ranked, "D": draw(H), "z": draw(B, T, H, P), **mimo}
+
+
+def _mamba3_state(ranks: int) -> Callable[[Draw, int], Mamba3State]:
+    return lambda draw, n: Mamba3State(draw(n, 4, 2), draw(n, 4, 3, 6), draw(n, ranks, 4, 6), draw(n, 4, 3))
+
+
 def _conv(width: int, bias: bool) -> Callable[[Draw, int, int], dict[str, Tensor]]:
     def draw_all(draw: Draw, B: int, T: int) -> dict[str, Tensor]:
         inputs = {"x": draw(B, T, 5), "weight": draw(5, width)}
@@ -205,5 +231,21 @@ CASES = (
         lambda draw, n: draw(n, 4, 3, 5),
         {"dt_softplus": True, "dt_limit": (0.05, 1.5)},
         chunk=64,
+    ),
+    OpCase(
+        "mamba3",
+        "mamba3",
+        ("C", "B", "x", "log_decay", "dt", "trap", "angles"),
+        _mamba3,
+        _mamba3_state(1),
+        chunk=64,
+    ),
+    OpCase(
+        "mamba3-ranks",
+        "mamba3",
+        ("C", "B", "x", "log_decay", "dt", "trap", "angles", "z"),
+        _mamba3_ranks,
+        _mamba3_state(2),
+        chunk=32,
     ),
 )
