@@ -31,7 +31,7 @@ __all__ = ["RWKV7", "RWKV7Config"]
 
 #: Decays lie between exp(-exp(-1/2)) = 0.545 and 1.
 _FASTEST_DECAY = math.exp(-0.5)
-#: Fixed in every published release, whatever the head size.
+#: In every published release, whatever the head size.
 _GROUP_NORM_EPS = 64e-5
 
 
@@ -50,6 +50,7 @@ class RWKV7Config:
         iclr_rank: rank of a1, a2 (the in-context learning rate); ``None`` means 1.8·√C.
         value_rank: rank of v1, v2 (the value residual); ``None`` means 1.3·√C.
         gate_rank: rank of g1, g2; ``None`` means 0.6·C^0.8.
+        group_norm_eps: epsilon of the heads' norm; in flash-linear-attention it follows the head size.
 
     Raises:
         ValueError: a size that is no positive integer, or a width that heads do not divide.
@@ -64,9 +65,12 @@ class RWKV7Config:
     iclr_rank: int | None = None
     value_rank: int | None = None
     gate_rank: int | None = None
+    group_norm_eps: float = _GROUP_NORM_EPS
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
+            raise ValueError(f"RWKV7Config: group_norm_eps is {self.group_norm_eps!r}; accepted are 0 < eps < 1")
+        for field in dataclasses.fields(self)[:-1]:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
@@ -128,7 +132,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
-        self.ln_x = nn.GroupNorm(self.heads, C, eps=_GROUP_NORM_EPS)
+        self.ln_x = nn.GroupNorm(self.heads, C, eps=config.group_norm_eps)
 
     def forward(
         self, x: Tensor, v_first: Tensor | None, shift: Tensor | None, wkv: Tensor | None, steps: _Steps

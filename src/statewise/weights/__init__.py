@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +17,15 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
-from statewise.weights import files, mamba, rwkv
+from statewise.weights import files, fla, mamba, mamba2, rwkv
 
 __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 
 #: What :func:`write` can make. "rwkv" is one ``.pth`` file, the others are directories.
-FORMATS = ("statewise", "rwkv", "mamba-ssm", "hf", "mamba.py")
+FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py")
 
+#: Later generations first: their names are those of the earlier ones, and more.
+_MAMBAS = {"mamba2": mamba2, "mamba": mamba}
 _MAMBA_LAYOUT = {"mamba-ssm": "state-spaces", "hf": "transformers", "mamba.py": "mamba.py"}
 
 
@@ -81,10 +82,13 @@ def _recognise(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Che
             raise ValueError("config.json names no architecture and configuration of ours")
         return Checkpoint(architecture, dict(own), tensors, "statewise")
     names = set(tensors)
-    layout = mamba.detect(config, names)
-    if layout is not None:
-        fields, renamed = mamba.to_ours(layout, config or {}, tensors)
-        return Checkpoint("mamba", fields, renamed, layout)
+    for name, family in _MAMBAS.items():
+        if (layout := family.detect(config, names)) is not None:
+            fields, renamed = family.to_ours(layout, config or {}, tensors)
+            return Checkpoint(name, fields, renamed, layout)
+    if fla.detect(names):
+        fields, renamed = fla.to_ours(config or {}, tensors)
+        return Checkpoint("rwkv7", fields, renamed, "fla")
     architecture = rwkv.detect(names, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if architecture is None:
         few = ", ".join(sorted(names)[:3])
@@ -108,8 +112,13 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
         raise ValueError(f"format is {format!r}; accepted are {', '.join(map(repr, FORMATS))}")
     architecture, target = checkpoint.architecture, Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    family = "mamba" if architecture == "mamba" else re.sub(r"\d", "", architecture)
-    if (format == "rwkv" and family != "rwkv") or (format in _MAMBA_LAYOUT and family != "mamba"):
+    layout = _MAMBA_LAYOUT.get(format, "")
+    held = {
+        "statewise": True,
+        "rwkv": architecture.startswith("rwkv"),
+        "fla": architecture == "rwkv7",
+    }.get(format, architecture in _MAMBAS and layout in _MAMBAS[architecture].LAYOUTS)
+    if not held:
         raise ValueError(f"format {format!r} cannot hold a {architecture} model")
     if format == "rwkv":
         flat = rwkv.from_ours(architecture, checkpoint.fields, tensors)
@@ -121,8 +130,11 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
     if format == "statewise":
         files.write_safetensors(target / "model.safetensors", tensors)
         config: Mapping[str, Any] = {"architecture": architecture, "config": checkpoint.fields}
+    elif format == "fla":
+        config, renamed = fla.from_ours(checkpoint.fields, tensors)
+        files.write_safetensors(target / "model.safetensors", renamed)
     else:
-        config, renamed = mamba.from_ours(_MAMBA_LAYOUT[format], checkpoint.fields, tensors)
+        config, renamed = _MAMBAS[architecture].from_ours(layout, checkpoint.fields, tensors)
         if format == "mamba-ssm":
             atomic_write(target / "pytorch_model.bin", lambda temporary: torch.save(renamed, temporary))
         elif format == "hf":
