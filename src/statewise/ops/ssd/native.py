@@ -32,8 +32,8 @@ _ssd = register_kernels(
 def ssd(
     inputs: Sequence[Tensor | None], A: Tensor, D: Tensor | None, state: Tensor, spans: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sequences ``spans`` of the rows of x, dt, B, C, z ``(batch, T, ...)``, of one dtype but for dt, which is final and
-    of the dtype of sums, as A, D and the state are.
+    """Sequences ``spans`` of the rows of x, dt, B, C, z ``(batch, T, ...)``, of one dtype but for dt, which is final
+    and of the dtype of sums, as A, D and the state are.
 
     D is ``(H, P)``; z and D may be ``None``.
     """
