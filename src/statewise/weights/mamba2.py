@@ -117,22 +117,19 @@ def to_ours(
         stated = _look_up(config, key)
         if stated is None:
             continue
-        if field == "mlp_width" and isinstance(stated, int):
-            stated = -(-stated // _MLP_MULTIPLE) * _MLP_MULTIPLE or None
         if field == "dt_limit":
-            stated = _limits(key, stated)
-        if field not in _FROM_TENSORS:
+            fields[field] = _limits(key, stated)
+        elif field not in _FROM_TENSORS:
             fields[field] = stated
-        elif fields[field] != stated:
+        elif fields[field] != (_hidden(stated) if field == "mlp_width" else stated):
             raise ValueError(f"the configuration's {key} is {stated}, but the tensors have {fields[field]}")
     if fields["ssm_width"] == fields["expand"] * fields["width"]:
         fields["ssm_width"] = None
     if config:
         _read_matrices(layout, matrix, fields)
-    if (heads := _look_up(config, "num_heads")) not in (None, renamed[_MIXER + "A_log"].shape[0]):
-        raise ValueError(
-            f"the configuration's num_heads is {heads}, but the tensors have {renamed[_MIXER + 'A_log'].shape[0]}"
-        )
+    heads = renamed[_MIXER + "A_log"].shape[0]
+    if config.get("num_heads", heads) != heads:
+        raise ValueError(f"the configuration's num_heads is {config['num_heads']}, but the tensors have {heads}")
     _read_gated_norm(config, renamed, fields)
     if (span := _look_up(config, _A_RANGE[layout])) is not None:
         if not isinstance(span, (list, tuple)) or len(span) != 2:
@@ -209,6 +206,11 @@ def _look_up(config: Mapping[str, Any], key: str) -> Any:
         if not isinstance(config, Mapping):
             raise ValueError(f"the configuration's {outer} is {config!r}; expected an object")
     return config.get(inner)
+
+
+def _hidden(stated: Any) -> Any:
+    """The width of the MLP's tensors; state-spaces rounds what is said up, and none is 0."""
+    return (-(-stated // _MLP_MULTIPLE) * _MLP_MULTIPLE or None) if isinstance(stated, int) else stated
 
 
 def _limits(key: str, stated: Any) -> tuple[float, float]:
