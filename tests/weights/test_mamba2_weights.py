@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import statewise
 from statewise.models.mamba2 import Mamba2, Mamba2Config
 from statewise.weights import mamba
 from statewise.weights.mamba2 import LAYOUTS, detect, from_ours, to_ours
@@ -67,6 +68,58 @@ def test_both_layouts_give_the_same_model(shared: Path, name: str) -> None:
     assert one == other
     assert set(these) == set(those)
     assert all(torch.equal(these[key], those[key]) for key in these)
+
+
+FORMAT = {"state-spaces": "mamba-ssm", "transformers": "hf"}
+
+
+@pytest.mark.parametrize("name", ["mamba2_lm", "mamba2_lm_groups", "mamba2_lm_dt_limit"])
+@pytest.mark.parametrize("folder", FOLDER)
+def test_published_directories_open_and_are_written_again(shared: Path, tmp_path: Path, name: str, folder: str) -> None:
+    source = shared / "golden/mamba/models" / name / folder
+    model = statewise.load(source)
+    assert isinstance(model, Mamba2)
+    for format in (FORMAT[FOLDER[folder]], "statewise"):
+        statewise.save(model, tmp_path / format, format)
+        again = statewise.load(tmp_path / format)
+        assert again.config == model.config
+        assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+    kind = "pytorch_model.bin" if folder == "state-spaces" else "model.safetensors"
+    read = (lambda path: torch.load(path, weights_only=True)) if folder == "state-spaces" else load_file
+    before, after = read(source / kind), read(tmp_path / FORMAT[FOLDER[folder]] / kind)
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_directory_in_several_files(shared: Path, tmp_path: Path) -> None:
+    config, tensors = published(shared, "mamba2_lm_groups", "hf")
+    names = sorted(tensors)
+    pieces = {f"model-0000{n + 1}-of-00003.safetensors": names[n::3] for n in range(3)}
+    for file, held in pieces.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    weight_map = {name: file for file, held in pieces.items() for name in held}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = statewise.load(shared / "golden/mamba/models/mamba2_lm_groups/hf")
+    model = statewise.load(tmp_path)
+    assert model.config == whole.config
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in whole.state_dict().items())
+    del weight_map["backbone.layers.1.mixer.D"]
+    for file, held in pieces.items():
+        kept = {name: tensors[name] for name in held if name != "backbone.layers.1.mixer.D"}
+        save_file(kept, tmp_path / file)
+    with pytest.raises(statewise.WeightsError, match=r"tensor backbone\.layers\.1\.mixer\.D is missing"):
+        statewise.load(tmp_path)
+
+
+def test_bare_tensors_are_refused_until_the_groups_are_given(tmp_path: Path) -> None:
+    model = Mamba2(Mamba2Config(**{**SMALL, "groups": 2}))
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(statewise.WeightsError, match="has shape"):
+        statewise.load(tmp_path / "bare.pth")
+    again = statewise.load(tmp_path / "bare.pth", groups=2, state_size=3)
+    ids = torch.randint(0, 24, (1, 7))
+    assert torch.equal(again(ids)[0], model(ids)[0])
 
 
 SMALL: dict[str, Any] = {"vocab_size": 24, "num_layers": 2, "width": 20, "state_size": 3, "head_size": 5}
