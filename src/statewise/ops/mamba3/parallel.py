@@ -20,7 +20,7 @@ from statewise.ops.segments import register_segmented
 __all__ = ["mamba3"]
 
 _CHUNK = 64
-_CHUNK_RANKS = 32  # a chunk's scores are t·R by t·R
+_CHUNK_RANKS = 16  # a chunk's scores are t·R by t·R
 
 
 def _between(log_decay: Tensor) -> Tensor:
