@@ -388,6 +388,8 @@ def test_sizes_that_are_rounded_when_the_configuration_is_made() -> None:
     assert (config.vocab_size, config.mlp_width, config.dt_limit) == (50288, 256, (0.0, math.inf))
     assert Mamba2Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert Mamba2Config(vocab_size=50277, num_layers=1, width=64, pad_vocab_multiple=8).vocab_size == 50280
+    spelt_out = Mamba2Config(vocab_size=8, num_layers=1, width=64, groups=2, ssm_width=128, norm_groups=2)
+    assert spelt_out == Mamba2Config(vocab_size=8, num_layers=1, width=64, groups=2)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,11 @@ class Mamba2Config:
         ):
             if whole % size:
                 raise ValueError(f"Mamba2Config: {name} is {size}; accepted are divisors of {whole}")
+        # One spelling of everything, so that equal models have equal configurations.
+        if self.ssm_width == self.inner:
+            object.__setattr__(self, "ssm_width", None)
+        if self.norm_groups == self.groups:
+            object.__setattr__(self, "norm_groups", None)
         object.__setattr__(self, "dt_limit", (float(self.dt_limit[0]), float(self.dt_limit[1])))
         object.__setattr__(self, "vocab_size", _round_up(self.vocab_size, self.pad_vocab_multiple))
         if self.mlp_width is not None:

@@ -119,8 +119,8 @@ def to_ours(
             continue
         if field == "dt_limit":
             fields[field] = _limits(key, stated)
-        elif field not in _FROM_TENSORS:
-            fields[field] = stated
+        elif field not in _FROM_TENSORS or (field == "D_per_channel" and fields["head_size"] == 1):
+            fields[field] = stated  # in heads of one channel D is both
         elif fields[field] != (_hidden(stated) if field == "mlp_width" else stated):
             raise ValueError(f"the configuration's {key} is {stated}, but the tensors have {fields[field]}")
     if fields["ssm_width"] == fields["expand"] * fields["width"]:
@@ -348,20 +348,17 @@ def _read_head(layout: str, config: Mapping[str, Any], tensors: dict[str, Tensor
 
 
 def _refuse_without_place(layout: str, fields: Mapping[str, Any]) -> None:
-    only: dict[str, tuple[Any, ...]] = {"norm_groups": (None, fields["groups"])}
+    only: dict[str, Any] = {"norm_groups": None}
     if layout == "state-spaces":
-        only["norm_eps"] = (1e-5,)
+        only["norm_eps"] = 1e-5
     else:
         only |= {
-            "ssm_width": (None, fields["expand"] * fields["width"]),
-            "gated_norm": ("after",),
-            "D_per_channel": (False,),
-            "mlp_width": (None,),
-            "rms_norm": (True,),
+            "ssm_width": None,
+            "gated_norm": "after",
+            "D_per_channel": False,
+            "mlp_width": None,
+            "rms_norm": True,
         }
     for field, held in only.items():
-        if fields[field] not in held:
-            raise ValueError(
-                f"layout {layout!r} has no place for {field}={fields[field]!r}; "
-                f"it holds {', '.join(dict.fromkeys(map(repr, held)))}"
-            )
+        if fields[field] != held:
+            raise ValueError(f"layout {layout!r} has no place for {field}={fields[field]!r}; it holds {held!r}")
