@@ -57,7 +57,12 @@ def test_inspect_names_what_is_missing_extra_or_misshaped(command: Command, chec
 
 
 @pytest.mark.parametrize(
-    ("name", "format"), [("rwkv4", "rwkv"), ("rwkv7", "rwkv"), ("mamba", "mamba-ssm"), ("mamba", "hf")]
+    ("name", "format"),
+    [
+        *((name, "rwkv") for name in ("rwkv4", "rwkv5", "rwkv6", "rwkv7")),
+        ("rwkv7", "fla"),
+        *((name, format) for name in ("mamba", "mamba2") for format in ("mamba-ssm", "hf")),
+    ],
 )
 def test_convert_loses_nothing_there_and_back(command: Command, tmp_path: Path, name: str, format: str) -> None:
     model = statewise.create(name, vocab_size=256, num_layers=2, width=64).to(torch.bfloat16)
@@ -121,7 +126,7 @@ def test_verify_exits_with_1_on_a_failure(command: Command, checkpoint: Path, mo
 
 
 def test_verify_tells_the_names_it_knows(refused: Refused) -> None:
-    assert "names are mamba, rwkv4, rwkv7" in refused("verify", "rwkv99")
+    assert f"names are {', '.join(statewise.list_models())}" in refused("verify", "rwkv99")
 
 
 def test_verify_takes_a_name_and_a_dtype(command: Command) -> None:

@@ -17,7 +17,10 @@ from statewise.testing.laws import Pair, difference, leaves_of
 SMALL: dict[str, dict[str, Any]] = {
     "rwkv4": {"vocab_size": 61, "num_layers": 2, "width": 24},
     "rwkv7": {"vocab_size": 61, "num_layers": 2, "width": 32, "head_size": 16},
+    "rwkv5": {"vocab_size": 61, "num_layers": 2, "width": 32, "head_size": 16},
+    "rwkv6": {"vocab_size": 61, "num_layers": 2, "width": 32, "head_size": 16},
     "mamba": {"vocab_size": 64, "num_layers": 2, "width": 24, "state_size": 5},
+    "mamba2": {"vocab_size": 64, "num_layers": 2, "width": 24, "state_size": 5, "head_size": 8, "groups": 2},
 }
 every_model = pytest.mark.parametrize("name", sorted(SMALL))
 LIMIT = 1e-9

@@ -27,7 +27,7 @@ SECONDS, MIB = 2.0, 64
 
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shapes = {"emb.weight": (16, 8), "blocks.0.att.time_decay": (8,), "head.weight": (16, 8), "empty": (0, 3)}
+    shapes = {"emb.weight": (16, 8), "blocks.0.att.time_decay": (8,), "head.weight": (16, 8), "empty": (5, 0, 64)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 

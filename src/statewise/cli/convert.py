@@ -19,7 +19,7 @@ class Options:
 
     source: Annotated[Path, "a checkpoint file or directory, or a run's folder"]
     target: Annotated[Path, "what to write: a .pth file for `rwkv`, a directory for the others"]
-    to: Annotated[str, "format: statewise, rwkv (a .pth), mamba-ssm, hf or mamba.py"] = "statewise"
+    to: Annotated[str, "format: statewise, rwkv (a .pth), fla, mamba-ssm, hf or mamba.py"] = "statewise"
     overwrite: Annotated[bool, "write over what is already there"] = False
     json: Annotated[bool, "print one JSON document"] = False
 

@@ -13,7 +13,15 @@ from statewise.cli.options import from_arguments
 
 __all__ = ["Options", "main"]
 
-_GENERATIONS = {"rwkv4": "RWKV-4", "rwkv7": "RWKV-7 (x070)", "mamba": "Mamba-1"}
+_GENERATIONS = {
+    "rwkv4": "RWKV-4",
+    "rwkv5": "RWKV-5",
+    "rwkv6": "RWKV-6 (x060)",
+    "rwkv7": "RWKV-7 (x070)",
+    "mamba": "Mamba-1",
+    "mamba2": "Mamba-2",
+    "mamba3": "Mamba-3",
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import io
+import math
 import pickletools
 import struct
 import zipfile
@@ -66,12 +67,14 @@ def _rebuild_tensor(*arguments: Any) -> _Described:
     axes = (shape, strides)
     if not all(isinstance(part, tuple) and all(type(n) is int and 0 <= n < 1 << 62 for n in part) for part in axes):
         raise _Refused(f"a tensor of shape {shape!r} and strides {strides!r}")
-    count = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True) if len(shape) == len(strides) else ():
-        if size != 1 and stride != count:
+    if len(shape) != len(strides):
+        raise _Refused(f"a tensor of shape {shape} with {len(strides)} strides")
+    count, step = math.prod(shape), 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count and size != 1 and stride != step:
             raise _Refused(f"a tensor of shape {shape} whose strides {strides} are not contiguous")
-        count *= size
-    if len(shape) != len(strides) or type(offset) is not int or not 0 <= offset <= record.numel - count:
+        step *= size
+    if type(offset) is not int or not 0 <= offset <= record.numel - count:
         raise _Refused(f"a tensor of shape {shape} at {offset!r} of a storage of {record.numel}")
     return _Described(record, offset, shape)
 
@@ -208,9 +211,7 @@ def read_zip(path: Path) -> list[Claim]:
                 f"{path}: tensor {name} needs a record of {record.numel * itemsize} bytes; {record.key!r} has "
                 f"{entry.file_size}"
             )
-        count = 1
-        for size in described.shape:
-            count *= size
+        count = math.prod(described.shape)
         whole = count == record.numel
         claims.append(
             Claim(

@@ -4,7 +4,7 @@ Legend: B batch, T time, C channels, M mixtures, n packed sequences.
 
     y_m,t = x_t + (x_{t-1} - x_t) ⊙ mix_m,   x before the start: state (zeros)
 
-RWKV-5 to 7 hold ``mix`` as it is here; RWKV-4 holds ``1 - mix``, the share of the present token.
+RWKV-6 and 7 hold ``mix`` as it is here; RWKV-4 and 5 hold ``1 - mix``, the share of the present token.
 """
 
 from __future__ import annotations
