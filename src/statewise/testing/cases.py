@@ -246,6 +246,5 @@ CASES = (
         ("C", "B", "x", "log_decay", "dt", "trap", "angles", "z"),
         _mamba3_ranks,
         _mamba3_state(2),
-        chunk=32,
     ),
 )
