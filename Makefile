@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick lint bench wheel fuzz sanitize clean setup
+.PHONY: demo test test-quick lint bench parity wheel fuzz sanitize clean setup
 
 setup: $(READY)
 
@@ -28,6 +28,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Live beside other projects' packages, in an environment of its own.
+parity: $(READY)
+	test -x build/parity/bin/python || $(PYTHON) -m venv build/parity
+	build/parity/bin/pip install --quiet --constraint constraints.txt -r benchmarks/constraints-peers.txt --editable '.[dev]'
+	build/parity/bin/pytest tests/parity
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.ops

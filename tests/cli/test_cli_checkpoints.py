@@ -61,6 +61,7 @@ def test_inspect_names_what_is_missing_extra_or_misshaped(command: Command, chec
     [
         *((name, "rwkv") for name in ("rwkv4", "rwkv5", "rwkv6", "rwkv7")),
         ("rwkv7", "fla"),
+        ("rwkv4", "hf"),
         *((name, format) for name in ("mamba", "mamba2") for format in ("mamba-ssm", "hf")),
     ],
 )
@@ -240,7 +241,10 @@ def test_bench_leaves_out_what_would_take_too_long(command: Command) -> None:
     assert "would take" in told["rows"][1]["skipped"]
 
 
-@pytest.mark.parametrize("name", [*statewise.ops.backends(), "rwkv4", "mamba"])
+OPERATORS = [f"{name}-op" if name in ("mamba3",) else name for name in statewise.ops.backends()]
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, "rwkv4", "mamba"])
 def test_bench_knows_operators_and_models(command: Command, name: str) -> None:
     for way in ("--backward", "--no-backward"):
         told = command("bench", name, "--lengths", 4, "--width", 64, "--repeats", 1, "--num-layers", 1, way)

@@ -253,6 +253,7 @@ class _Roof(NamedTuple):
 _OUTPUT_LIKE = {
     "bi_wkv": "v",
     "causal_conv1d": "x",
+    "mamba3-op": "x",
     "selective_scan": "x",
     "ssd": "x",
     "token_mix": "x",
@@ -285,9 +286,10 @@ def _contest(options: Options, length: int, device: torch.device) -> _Contest:
         for key, leaf in inputs.items()
     }
 
-    served = [backend for backend, status in reversed(ops.backends()[name].items()) if status.serves]
+    op = name.removesuffix("-op")  # where a model has the same name
+    served = [backend for backend, status in reversed(ops.backends()[op].items()) if status.serves]
     wanted = [backend for backend in served if backend != "reference"] if options.backends is None else options.backends
-    runners = {f"statewise {backend}": ours(name, backend) for backend in wanted}
+    runners = {f"statewise {backend}": ours(op, backend) for backend in wanted}
     return _Contest(inputs, runners, flops)
 
 
@@ -354,6 +356,21 @@ def _ssd(generator: torch.Generator, batch: int, length: int, width: int) -> _In
     return {"x": x, "dt": dt, "A": -torch.arange(1.0, heads + 1), "B": B, "C": C}, 5.0 * x.numel() * N
 
 
+def _mamba3(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
+    import torch
+
+    if width % 64:
+        raise ValueError(f"--width is {width}; mamba3 is timed with heads of 64, so a multiple of 64 is accepted")
+    N, heads = 128, width // 64
+    x, rates = torch.randn(batch, length, heads, 64, generator=generator), (batch, length, heads)
+    B, C = torch.randn(2, batch, length, 1, N, generator=generator)
+    dt = torch.nn.functional.softplus(torch.randn(rates, generator=generator) - 3)
+    trap, angles = torch.randn(rates, generator=generator), torch.randn(*rates, N // 4, generator=generator)
+    C_bias, B_bias = torch.ones(2, heads, N)
+    inputs = {"C": C, "B": B, "x": x, "log_decay": -dt, "dt": dt, "trap": trap, "angles": angles}
+    return {**inputs, "C_bias": C_bias, "B_bias": B_bias}, 7.0 * x.numel() * N
+
+
 def _token_mix(generator: torch.Generator, batch: int, length: int, width: int) -> _Inputs:
     import torch
 
@@ -378,6 +395,7 @@ def _token_shift(generator: torch.Generator, batch: int, length: int, width: int
 _INPUTS: dict[str, Callable[[torch.Generator, int, int, int], _Inputs]] = {
     "bi_wkv": _bi_wkv,
     "causal_conv1d": _causal_conv1d,
+    "mamba3-op": _mamba3,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
     "token_mix": _token_mix,

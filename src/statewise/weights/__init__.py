@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
-from statewise.weights import files, fla, mamba, mamba2, rwkv
+from statewise.weights import files, fla, mamba, mamba2, rwkv, rwkv_hf
 
 __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 
@@ -89,6 +89,9 @@ def _recognise(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Che
     if fla.detect(names):
         fields, renamed = fla.to_ours(config or {}, tensors)
         return Checkpoint("rwkv7", fields, renamed, "fla")
+    if rwkv_hf.detect(names):
+        fields, renamed = rwkv_hf.to_ours(config or {}, tensors)
+        return Checkpoint("rwkv4", fields, renamed, "transformers")
     architecture = rwkv.detect(names, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if architecture is None:
         few = ", ".join(sorted(names)[:3])
@@ -117,8 +120,9 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
         "statewise": True,
         "rwkv": architecture.startswith("rwkv"),
         "fla": architecture == "rwkv7",
-    }.get(format, architecture in _MAMBAS and layout in _MAMBAS[architecture].LAYOUTS)
-    if not held:
+        "hf": architecture == "rwkv4",
+    }.get(format, False)
+    if not held and not (architecture in _MAMBAS and layout in _MAMBAS[architecture].LAYOUTS):
         raise ValueError(f"format {format!r} cannot hold a {architecture} model")
     if format == "rwkv":
         flat = rwkv.from_ours(architecture, checkpoint.fields, tensors)
@@ -130,8 +134,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
     if format == "statewise":
         files.write_safetensors(target / "model.safetensors", tensors)
         config: Mapping[str, Any] = {"architecture": architecture, "config": checkpoint.fields}
-    elif format == "fla":
-        config, renamed = fla.from_ours(checkpoint.fields, tensors)
+    elif format == "fla" or architecture == "rwkv4":
+        config, renamed = (fla if format == "fla" else rwkv_hf).from_ours(checkpoint.fields, tensors)
         files.write_safetensors(target / "model.safetensors", renamed)
     else:
         config, renamed = _MAMBAS[architecture].from_ours(layout, checkpoint.fields, tensors)
