@@ -94,7 +94,7 @@ def mamba3(
     if time == 0:
         ranks = () if mimo_x is None or mimo_o is not None else (sizes["R"],)
         return x.new_zeros(batch, 0, *ranks, *x.shape[2:]), begin
-    biases = [_ranked(bias, 2).to(dtype) for bias in (C_bias, B_bias)]
+    biases = [_ranked(bias, -2, mimo_x).to(dtype) for bias in (C_bias, B_bias)]
 
     def run(
         inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None
@@ -103,7 +103,7 @@ def mamba3(
         if valid is not None:  # a step of size zero turns nothing, forgets nothing and adds nothing
             inputs = [blank(value, valid) for value in inputs]
         C_, B_, x_, log_decay_, dt_, trap_, angles_, *gate = (value.to(dtype) for value in inputs)
-        C_, B_, v = _ranked(C_, 4), _ranked(B_, 4), _spread(x_, mimo_x)
+        C_, B_, v = _ranked(C_, -3, mimo_x), _ranked(B_, -3, mimo_x), _spread(x_, mimo_x)
         angle, ssm, k, last = leaves
         y, angle, ssm = form.mamba3(
             C_,
@@ -167,15 +167,15 @@ def mamba3_step(
     C_, B_, x_, log_decay_, dt_, trap_, angles_ = (value.to(dtype) for value in (C, B, x, log_decay, dt, trap, angles))
     v = _spread(x_, mimo_x)
     y, (angle, ssm, k, _) = reference.step(
-        _ranked(C_, 3),
-        _ranked(B_, 3),
+        _ranked(C_, -3, mimo_x),
+        _ranked(B_, -3, mimo_x),
         v,
         log_decay_,
         dt_,
         torch.sigmoid(trap_),
         _turn(angles_, dt_),
-        _ranked(C_bias, 2).to(dtype),
-        _ranked(B_bias, 2).to(dtype),
+        _ranked(C_bias, -2, mimo_x).to(dtype),
+        _ranked(B_bias, -2, mimo_x).to(dtype),
         halved,
         (angle, ssm, k, _spread(last, mimo_x)),
     )
@@ -183,9 +183,9 @@ def mamba3_step(
     return y, Mamba3State(angle, ssm, k, x_.clone())
 
 
-def _ranked(x: Tensor, dimensions: int) -> Tensor:
-    """With an axis for the ranks, which SISO leaves out: second but one of C and B, second of a bias."""
-    return x if x.dim() > dimensions else x.unsqueeze(-3 if dimensions > 2 else -2)
+def _ranked(x: Tensor, axis: int, mimo: Tensor | None) -> Tensor:
+    """With the axis of the ranks, which SISO leaves out."""
+    return x.unsqueeze(axis) if mimo is None else x
 
 
 def _spread(x: Tensor, mimo: Tensor | None) -> Tensor:

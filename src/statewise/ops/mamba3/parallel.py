@@ -58,7 +58,7 @@ def _segment(
     scores = (q @ k.transpose(-1, -2)).view(batch, heads, t, ranks, t, ranks) * present[:, :, :, None, :, None]
     upto = torch.exp(log_decay.cumsum(-1))  # what the state at the chunk's start still weighs at each token
     past = (q @ state.transpose(-1, -2)).view(batch, heads, t, ranks, width) * upto[..., None, None]
-    y = (scores.view(batch, heads, t * ranks, -1) @ values).view(batch, heads, t, ranks, width) + past
+    y = (scores.view(batch, heads, t * ranks, t * ranks) @ values).view(batch, heads, t, ranks, width) + past
 
     rest = weights[:, :, -1].repeat_interleave(ranks, -1)[..., None]  # what each token still weighs at the end
     end = state * upto[..., -1, None, None] + (values * rest).transpose(-1, -2) @ k
