@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _saved(tmp_path_factory.mktemp("models"), "rwkv4")
 
 
-@pytest.fixture(scope="session", params=["rwkv4", "rwkv5", "rwkv6", "rwkv7", "mamba", "mamba2"])
+@pytest.fixture(scope="session", params=["rwkv4", "rwkv5", "rwkv6", "rwkv7", "mamba", "mamba2", "mamba3"])
 def any_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of each kind."""
     return _saved(tmp_path_factory.mktemp("models"), request.param)

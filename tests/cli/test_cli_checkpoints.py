@@ -63,6 +63,7 @@ def test_inspect_names_what_is_missing_extra_or_misshaped(command: Command, chec
         ("rwkv7", "fla"),
         ("rwkv4", "hf"),
         *((name, format) for name in ("mamba", "mamba2") for format in ("mamba-ssm", "hf")),
+        ("mamba3", "mamba-ssm"),
     ],
 )
 def test_convert_loses_nothing_there_and_back(command: Command, tmp_path: Path, name: str, format: str) -> None:

@@ -21,6 +21,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "rwkv6": {"vocab_size": 61, "num_layers": 2, "width": 32, "head_size": 16},
     "mamba": {"vocab_size": 64, "num_layers": 2, "width": 24, "state_size": 5},
     "mamba2": {"vocab_size": 64, "num_layers": 2, "width": 24, "state_size": 5, "head_size": 8, "groups": 2},
+    "mamba3": {
+        "vocab_size": 64,
+        "num_layers": 2,
+        "width": 24,
+        "state_size": 6,
+        "head_size": 12,
+        "mlp_width": 20,
+        "mimo_rank": 2,
+    },
 }
 every_model = pytest.mark.parametrize("name", sorted(SMALL))
 LIMIT = 1e-9

@@ -15,12 +15,13 @@ from statewise.weights import Checkpoint, read, write
 if TYPE_CHECKING:
     from statewise.models.mamba import Mamba
     from statewise.models.mamba2 import Mamba2
+    from statewise.models.mamba3 import Mamba3
     from statewise.models.rwkv4 import RWKV4
     from statewise.models.rwkv5 import RWKV5
     from statewise.models.rwkv6 import RWKV6
     from statewise.models.rwkv7 import RWKV7
 
-    LanguageModel: TypeAlias = RWKV4 | RWKV5 | RWKV6 | RWKV7 | Mamba | Mamba2
+    LanguageModel: TypeAlias = RWKV4 | RWKV5 | RWKV6 | RWKV7 | Mamba | Mamba2 | Mamba3
 
 __all__ = ["create", "list_models", "load", "save"]
 
@@ -34,6 +35,7 @@ class _Home(NamedTuple):
 _MODELS = {
     "mamba": _Home("mamba", "MambaConfig", "Mamba"),
     "mamba2": _Home("mamba2", "Mamba2Config", "Mamba2"),
+    "mamba3": _Home("mamba3", "Mamba3Config", "Mamba3"),
     "rwkv4": _Home("rwkv4", "RWKV4Config", "RWKV4"),
     "rwkv5": _Home("rwkv5", "RWKV5Config", "RWKV5"),
     "rwkv6": _Home("rwkv6", "RWKV6Config", "RWKV6"),

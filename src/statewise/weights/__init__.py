@@ -17,15 +17,14 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
-from statewise.weights import files, fla, mamba, mamba2, rwkv, rwkv_hf
+from statewise.weights import files, fla, mamba, mamba2, mamba3, rwkv, rwkv_hf
 
 __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 
 #: What :func:`write` can make. "rwkv" is one ``.pth`` file, the others are directories.
 FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py")
 
-#: Later generations first: their names are those of the earlier ones, and more.
-_MAMBAS = {"mamba2": mamba2, "mamba": mamba}
+_MAMBAS = {"mamba": mamba, "mamba2": mamba2, "mamba3": mamba3}
 _MAMBA_LAYOUT = {"mamba-ssm": "state-spaces", "hf": "transformers", "mamba.py": "mamba.py"}
 
 
