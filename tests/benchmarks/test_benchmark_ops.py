@@ -185,7 +185,7 @@ def test_what_was_measured_before_a_break_is_kept(tmp_path: Path, monkeypatch: p
         torch.set_num_threads(threads)
     document = json.loads(out.read_text())
     assert document["complete"] is False
-    assert {row["op"] for row in document["rows"]} == {"wkv4", "wkv6", "wkv6-constant"}
+    assert {row["op"] for row in document["rows"]} == {"wkv4", "wkv6", "wkv6-constant", "wkv6-head"}
 
 
 def test_the_table_tells_times_growth_and_gaps() -> None:
