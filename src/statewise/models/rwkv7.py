@@ -51,6 +51,7 @@ class RWKV7Config:
         value_rank: rank of v1, v2 (the value residual); ``None`` means 1.3·√C.
         gate_rank: rank of g1, g2; ``None`` means 0.6·C^0.8.
         group_norm_eps: epsilon of the heads' norm; in flash-linear-attention it follows the head size.
+        keeps_unused: block 0 holds ``v0``, ``v1`` and ``v2``, which training checkpoints have and nothing reads.
 
     Raises:
         ValueError: a size that is no positive integer, or a width that heads do not divide.
@@ -66,11 +67,14 @@ class RWKV7Config:
     value_rank: int | None = None
     gate_rank: int | None = None
     group_norm_eps: float = _GROUP_NORM_EPS
+    keeps_unused: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.keeps_unused, bool):
+            raise ValueError(f"RWKV7Config: keeps_unused is {self.keeps_unused!r}; accepted are True and False")
         if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
             raise ValueError(f"RWKV7Config: group_norm_eps is {self.group_norm_eps!r}; accepted are 0 < eps < 1")
-        for field in dataclasses.fields(self)[:-1]:
+        for field in dataclasses.fields(self)[:-2]:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
@@ -123,8 +127,12 @@ class TimeMix(nn.Module):
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (vector() for _ in range(6))
         self.w0, (self.w1, self.w2) = vector(), pair(config.rank("decay"))
         self.a0, (self.a1, self.a2) = vector(), pair(config.rank("iclr"))
-        if layer > 0:  # the first block's values are what later blocks mix in; published files hold unused v0, v1, v2
+        if layer > 0:  # the first block's values are what later blocks mix in
             self.v0, (self.v1, self.v2) = vector(), pair(config.rank("value"))
+        elif config.keeps_unused:
+            rank = config.rank("value")
+            for name, shape in (("v0", (1, 1, C)), ("v1", (C, rank)), ("v2", (rank, C))):
+                self.register_buffer(name, torch.zeros(shape))
         self.g1, self.g2 = pair(config.rank("gate"))
         self.k_k, self.k_a = vector(), vector()
         self.r_k = nn.Parameter(torch.empty(self.heads, N))

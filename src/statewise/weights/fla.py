@@ -83,6 +83,8 @@ def from_ours(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple
         )
     renamed = {}
     for name, tensor in tensors.items():
+        if name in rwkv.UNUSED:  # it has no place for them
+            continue
         if _LOW_RANK.search(name) and name[-1] in "12":
             tensor = tensor.t().contiguous()
         if _VECTOR.search(name) and ".att.x_" not in name:

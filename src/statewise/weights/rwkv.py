@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["detect", "from_ours", "to_ours"]
+__all__ = ["UNUSED", "detect", "from_ours", "to_ours"]
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-#: In training checkpoints of RWKV-7; block 0 makes the values that later blocks mix in, and never reads these.
-_UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+#: In training checkpoints of RWKV-7; block 0 makes the values that later blocks mix in, and never reads these. They are
+#: kept, so that a file comes back whole.
+UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 _RANKS = {"decay_rank": "w1", "iclr_rank": "a1", "value_rank": "v1", "gate_rank": "g1"}
 
 
@@ -38,7 +39,7 @@ def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
     Raises:
         ValueError: a tensor that sizes are read from is missing or has the wrong number of axes.
     """
-    kept = {name: tensor for name, tensor in tensors.items() if not (architecture == "rwkv7" and name in _UNUSED)}
+    kept = dict(tensors)
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in kept:
@@ -71,9 +72,11 @@ def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         fields["head_size"] = shape("blocks.0.att.r_k", 2)[1]
         # Ranks follow several published formulas; the tensors alone are right.
         for field, name in _RANKS.items():
-            block = 1 if name == "v1" else 0
-            if block < len(layers):
+            block = 1 if name == "v1" and len(layers) > 1 else 0
+            if f"blocks.{block}.att.{name}" in kept or name != "v1":
                 fields[field] = shape(f"blocks.{block}.att.{name}", 2)[1]
+        if set(UNUSED) <= set(kept):
+            fields["keeps_unused"] = True
     return fields, kept
 
 
