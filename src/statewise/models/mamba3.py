@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from statewise.models.mamba import LayerNorm, RMSNorm
-from statewise.models.mamba2 import GatedMLP
+from statewise.models.language_model import check_call, group_parameters, tie_head
+from statewise.models.mamba import Backbone, LayerNorm, RMSNorm
+from statewise.models.mamba2 import Block, GatedMLP
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.mamba3 import mamba3, mamba3_step
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -343,66 +343,16 @@ def _branches(config: Mamba3Config) -> int:
     return config.num_layers * (1 if config.mlp_width is None else 2)
 
 
-class Block(nn.Module):
-    """One layer of the stream."""
-
-    def __init__(self, config: Mamba3Config) -> None:
-        super().__init__()
-        norm = RMSNorm if config.rms_norm else LayerNorm
-        self.norm = norm(config.width, eps=config.norm_eps)
-        self.mixer = Mamba3Mixer(config)
-        self.has_mlp = config.mlp_width is not None
-        if config.mlp_width is not None:
-            self.norm2 = norm(config.width, eps=config.norm_eps)
-            self.mlp = GatedMLP(config.width, config.mlp_width)
-
-    def forward(self, x: Tensor, state: Mamba3State | None, steps: _Steps) -> tuple[Tensor, Mamba3State]:
-        """x ``(batch, T, width)`` → x and this layer's new state."""
-        added, state = self.mixer.mix(self.norm(x), state, steps)
-        x = x + added
-        if self.has_mlp:
-            x = x + self.mlp(self.norm2(x))
-        return x, state
-
-
-class Backbone(nn.Module):
-    """Embedding, blocks and last norm."""
-
-    def __init__(self, config: Mamba3Config) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm_f = (RMSNorm if config.rms_norm else LayerNorm)(config.width, eps=config.norm_eps)
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.grad_checkpointing = False
-
-    def forward(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
-        """tokens ``(batch, T)`` → what the head reads ``(batch, T, width)``, and the new state."""
-        x = self.embedding(tokens)
-        if self.residual_in_fp32:
-            x = x.to(accumulation_dtype(x))
-        new = []
-        for block, old in zip(self.layers, [None] * len(self.layers) if state is None else state.layers, strict=True):
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x, layer = checkpoint(block, x, old, steps, use_reentrant=False)
-            else:
-                x, layer = block(x, old, steps)
-            new.append(layer)
-        return self.norm_f(x), ModelState(tuple(new))
-
-
 class Mamba3(nn.Module):
     """The language model: tokens in, logits and state out."""
 
     def __init__(self, config: Mamba3Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config)
+        self.backbone = Backbone(config, (Block(config, Mamba3Mixer(config)) for _ in range(config.num_layers)))
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
-            self.register_load_state_dict_pre_hook(_refuse_two_heads)  # type: ignore[no-untyped-call]
-            self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
+            tie_head(self)
         self.reset_parameters()
 
     def forward(
@@ -443,27 +393,9 @@ class Mamba3(nn.Module):
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
-        self._check(tokens, state)
+        check_call(self, tokens, state, Mamba3State)
         x, state = self.backbone(tokens, state, steps)
         return self.lm_head(x), state
-
-    def _check(self, tokens: Tensor, state: ModelState | None) -> None:
-        if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-            raise ValueError(f"Mamba3: tokens have dtype {tokens.dtype}; accepted are integers")
-        if not torch.compiler.is_compiling() and tokens.numel():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"Mamba3: token {low if low < 0 else high} is outside the vocabulary; "
-                    f"accepted are 0..{self.config.vocab_size - 1}"
-                )
-        layers = self.config.num_layers
-        if state is not None and (
-            not isinstance(state, ModelState)
-            or len(state.layers) != layers
-            or not all(isinstance(layer, Mamba3State) for layer in state.layers)
-        ):
-            raise ValueError(f"Mamba3: state must be a ModelState of {layers} Mamba3State, as init_state gives")
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token of ``batch_size`` sequences, on the model's device: zeros."""
@@ -494,13 +426,11 @@ class Mamba3(nn.Module):
         Returns:
             dicts with ``params``, ``names``, ``lr_scale`` and ``weight_decay``; every parameter in exactly one.
         """
-        groups: dict[float, dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            key = weight_decay if parameter.dim() >= 2 and not name.endswith("bias") else 0.0
-            group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": 1.0, "weight_decay": key})
-            group["params"].append(parameter)
-            group["names"].append(name)
-        return list(groups.values())
+
+        def rule(name: str, parameter: Tensor) -> tuple[float, float]:
+            return 1.0, weight_decay if parameter.dim() >= 2 and not name.endswith("bias") else 0.0
+
+        return group_parameters(self, rule)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -514,21 +444,3 @@ class Mamba3(nn.Module):
                 module.fc1.reset_parameters()
                 module.fc2.reset_parameters()
                 module.fc2.weight.div_(math.sqrt(_branches(self.config)))
-
-
-_EMBEDDING, _HEAD = "backbone.embedding.weight", "lm_head.weight"
-
-
-def _refuse_two_heads(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *errors: list[str]
-) -> None:
-    """Tied tensors that differ would silently overwrite each other."""
-    embedding, head = state_dict.get(prefix + _EMBEDDING), state_dict.get(prefix + _HEAD)
-    if embedding is not None and head is not None and not torch.equal(embedding, head):
-        errors[-1].append(f"{prefix}{_HEAD} differs from {prefix}{_EMBEDDING}, but tie_embeddings is set")
-
-
-def _tie_again(module: nn.Module, incompatible: Any) -> None:
-    """``load_state_dict(assign=True)`` has put two parameters where there was one."""
-    assert isinstance(module, Mamba3)
-    module.lm_head.weight = module.backbone.embedding.weight

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from statewise.models.language_model import check_call, group_parameters
 from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -210,7 +211,7 @@ class RWKV4(nn.Module):
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
-        self._check(tokens, state)
+        check_call(self, tokens, state, RWKV4LayerState)
         x = self.emb(tokens)
         new = []
         for block, old in zip(self.blocks, [None] * len(self.blocks) if state is None else state.layers, strict=True):
@@ -220,25 +221,6 @@ class RWKV4(nn.Module):
                 x, layer = block(x, old, steps)
             new.append(layer)
         return self.head(self.ln_out(x)), ModelState(tuple(new))
-
-    def _check(self, tokens: Tensor, state: ModelState | None) -> None:
-        if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-            raise ValueError(f"RWKV4: tokens have dtype {tokens.dtype}; accepted are integers")
-        if not torch.compiler.is_compiling() and tokens.numel():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"RWKV4: token {low if low < 0 else high} is outside the vocabulary; "
-                    f"accepted are 0..{self.config.vocab_size - 1}"
-                )
-        if state is not None and (
-            not isinstance(state, ModelState)
-            or len(state.layers) != len(self.blocks)
-            or not all(isinstance(layer, RWKV4LayerState) for layer in state.layers)
-        ):
-            raise ValueError(
-                f"RWKV4: state must be a ModelState of {len(self.blocks)} RWKV4LayerState, as init_state gives"
-            )
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token of ``batch_size`` sequences: empty sums, whose maximum is -inf."""
@@ -262,13 +244,11 @@ class RWKV4(nn.Module):
         Returns:
             dicts with ``params``, ``names``, ``lr_scale`` and ``weight_decay``; every parameter in exactly one.
         """
-        groups: dict[float, dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            decay = weight_decay if name.endswith(".weight") and parameter.dim() >= 2 else 0.0
-            group = groups.setdefault(decay, {"params": [], "names": [], "lr_scale": 1.0, "weight_decay": decay})
-            group["params"].append(parameter)
-            group["names"].append(name)
-        return list(groups.values())
+
+        def rule(name: str, parameter: Tensor) -> tuple[float, float]:
+            return 1.0, weight_decay if name.endswith(".weight") and parameter.dim() >= 2 else 0.0
+
+        return group_parameters(self, rule)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from statewise.models.language_model import check_call, group_parameters
 from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -269,7 +270,7 @@ class RWKV6(nn.Module):
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
-        self._check(tokens, state)
+        check_call(self, tokens, state, RWKV6LayerState)
         x = self.emb(tokens)
         new = []
         for block, old in zip(self.blocks, [None] * len(self.blocks) if state is None else state.layers, strict=True):
@@ -279,25 +280,6 @@ class RWKV6(nn.Module):
                 x, layer = block(x, old, steps)
             new.append(layer)
         return self.head(self.ln_out(x)), ModelState(tuple(new))
-
-    def _check(self, tokens: Tensor, state: ModelState | None) -> None:
-        if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-            raise ValueError(f"RWKV6: tokens have dtype {tokens.dtype}; accepted are integers")
-        if not torch.compiler.is_compiling() and tokens.numel():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"RWKV6: token {low if low < 0 else high} is outside the vocabulary; "
-                    f"accepted are 0..{self.config.vocab_size - 1}"
-                )
-        if state is not None and (
-            not isinstance(state, ModelState)
-            or len(state.layers) != len(self.blocks)
-            or not all(isinstance(layer, RWKV6LayerState) for layer in state.layers)
-        ):
-            raise ValueError(
-                f"RWKV6: state must be a ModelState of {len(self.blocks)} RWKV6LayerState, as init_state gives"
-            )
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token of ``batch_size`` sequences, on the model's device: zeros."""
@@ -320,14 +302,12 @@ class RWKV6(nn.Module):
         Returns:
             dicts with ``params``, ``names``, ``lr_scale`` and ``weight_decay``; every parameter in exactly one.
         """
-        groups: dict[tuple[float, float], dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
+
+        def rule(name: str, parameter: Tensor) -> tuple[float, float]:
             decays = name.endswith(".weight") and parameter.squeeze().dim() >= 2
-            key = (2.0 if name.endswith("att.time_decay") else 1.0, weight_decay if decays else 0.0)
-            group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]})
-            group["params"].append(parameter)
-            group["names"].append(name)
-        return list(groups.values())
+            return 2.0 if name.endswith("att.time_decay") else 1.0, weight_decay if decays else 0.0
+
+        return group_parameters(self, rule)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
