@@ -46,8 +46,10 @@ wheel: $(READY)
 	build/wheel/env/bin/pip install --quiet --constraint constraints.txt build/wheel/*.whl
 	cd build/wheel && env/bin/statewise backends && env/bin/statewise verify rwkv7
 
-# Ten thousand random small cases of every compiled kernel against the reference; then fewer under the sanitizers.
+# Examples that `make test` does not know, then ten thousand random small cases of every compiled kernel against the
+# reference.
 fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile explore $$(grep -rl 'import.*given' tests)
 	OMP_NUM_THREADS=2 $(BIN)/python -m tests.fuzz_kernels --cases 10000
 
 # Leaks are Python's own at exit; odr and the rest stay on.

@@ -84,17 +84,18 @@ def choose_token(
         largest = scores.max()
     if rule.temperature == 0:
         return int(scores.argmax())
+    order: Tensor | None = None
+    if rule.top_k or rule.top_p < 1:
+        # Ranked as they came: what follows may round two logits that differ to one value.
+        scores, order = scores.sort(descending=True, stable=True)
+        if rule.top_k:
+            scores, order = scores[: rule.top_k], order[: rule.top_k]
     # The largest becomes 0 before the division: a tiny temperature then sends the others to -inf, never all to +inf.
-    scores = (scores - largest) / rule.temperature
-    if rule.top_k == 0 and rule.top_p == 1:
-        return int(torch.multinomial(scores.softmax(0), 1, generator=generator))
-    scores, order = scores.sort(descending=True, stable=True)
-    if rule.top_k:
-        scores, order = scores[: rule.top_k], order[: rule.top_k]
-    probabilities = scores.softmax(0)
+    probabilities = ((scores - largest) / rule.temperature).softmax(0)
     if rule.top_p < 1:
         before = probabilities.cumsum(0) - probabilities  # the mass ahead of each token
         keep = before < rule.top_p
         keep[0] = True
         probabilities = torch.where(keep, probabilities, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return int(drawn if order is None else order[drawn])
