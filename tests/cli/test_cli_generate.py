@@ -113,6 +113,29 @@ def test_a_state_of_another_model_is_refused(
     assert "state is mamba" in refused("generate", checkpoint, "--prompt", "a", "--state", tmp_path / "s")
 
 
+def test_rows_beyond_the_tokenizer_and_ids_without_a_piece_are_never_written(
+    command: Command, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    model = statewise.create("rwkv4", vocab_size=65536, num_layers=1, width=16)
+    statewise.save(model, tmp_path / "wide")
+    ask = ("generate", tmp_path / "wide", "--prompt", "aé", "--max-tokens", 40, "--seed", 1, "--json", "--tokenizer")
+    hot = ("--temperature", 1000)
+    told = command(*ask, "bytes", *hot)
+    assert told.code == 0
+    assert max(told.json["tokens"]) < 256
+
+    pieces: list[str | bytes] = [chr(b) if b < 128 else bytes([b]) for b in range(256)]
+    rows = [f"{3 * b + 5} {piece!r} {len(piece)}" for b, piece in enumerate(pieces)]  # two gaps after every piece
+    (tmp_path / "gaps.txt").write_text("\n".join(rows), "utf-8")
+    told = command(*ask, tmp_path / "gaps.txt", *hot)
+    assert told.code == 0
+    assert all(token % 3 == 2 and 5 <= token <= 770 for token in told.json["tokens"])
+
+    statewise.save(statewise.create("rwkv4", vocab_size=255, num_layers=1, width=16), tmp_path / "narrow")
+    said = refused("generate", tmp_path / "narrow", "--prompt", "a", "--tokenizer", "bytes")
+    assert "tokenizer bytes has 256 ids, this model only 255" in said
+
+
 def test_a_real_process_streams_bytes(checkpoint: Path) -> None:
     arguments = ["generate", str(checkpoint), "--prompt", "x", "--max-tokens", "20", "--seed", "1"]
     done = subprocess.run([sys.executable, "-m", "statewise", *arguments], capture_output=True, check=True)

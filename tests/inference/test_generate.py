@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,51 @@ def test_ids_past_the_tokenizer_are_masked(rwkv4: torch.nn.Module) -> None:
     assert set(ids) == {0, 1, 2}
 
 
+RULES: list[dict[str, float]] = [
+    {"temperature": 0},
+    {"temperature": 0, "presence_penalty": 1e6},  # drives every allowed logit far below the masked ones
+    {"temperature": 50.0},
+    {"temperature": 50.0, "top_k": 250},
+    {"temperature": 50.0, "top_p": 0.999},
+    {"temperature": 1e-3, "frequency_penalty": 30.0},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_no_rule_chooses_what_is_masked(rwkv4: torch.nn.Module, rule: dict[str, float]) -> None:
+    free = list(generate(rwkv4, PROMPT, max_tokens=1, temperature=0))
+    allowed = set(range(0, 10)) - {0, 4, *free}
+    run = generate(rwkv4, PROMPT, max_tokens=60, seed=1, vocab_size=10, suppress=[0, 4, 99, 10**9, *free], **rule)  # type: ignore[arg-type]
+    assert set(run) <= allowed
+
+
+def test_a_mask_takes_the_best_of_what_is_left(rwkv4: torch.nn.Module) -> None:
+    logits, _ = rwkv4(torch.tensor([PROMPT]))
+    order = logits[0, -1].argsort(descending=True).tolist()
+    chosen = [next(generate(rwkv4, PROMPT, max_tokens=1, temperature=0, suppress=order[:n])) for n in (0, 1, 5)]
+    assert chosen == [order[0], order[1], order[5]]
+
+
+def test_a_vocabulary_as_large_as_the_model_or_larger_masks_nothing(rwkv4: torch.nn.Module) -> None:
+    plain = list(generate(rwkv4, PROMPT, max_tokens=10, seed=2))
+    for size in (257, 65536):
+        assert list(generate(rwkv4, PROMPT, max_tokens=10, seed=2, vocab_size=size, suppress=[257])) == plain
+
+
+def test_masked_ids_may_stand_in_the_prompt(rwkv4: torch.nn.Module) -> None:
+    assert list(generate(rwkv4, [256], max_tokens=2, temperature=0, vocab_size=256, suppress=[256]))
+
+
+def test_what_padding_rows_hold_does_not_matter(rwkv4: torch.nn.Module) -> None:
+    import copy
+
+    padded = copy.deepcopy(rwkv4)
+    with torch.no_grad():
+        dict(padded.named_parameters())["head.weight"][256] = math.nan
+    asked: dict[str, Any] = {"max_tokens": 10, "seed": 2, "vocab_size": 256}
+    assert list(generate(padded, PROMPT, **asked)) == list(generate(rwkv4, PROMPT, **asked))
+
+
 def test_penalties_count_what_was_sampled(rwkv4: torch.nn.Module) -> None:
     ids = list(generate(rwkv4, PROMPT, max_tokens=257, temperature=0, presence_penalty=1e6))
     assert sorted(ids) == list(range(257))  # nothing comes twice while anything is left
@@ -159,6 +205,11 @@ def test_memory_does_not_grow_with_the_run(rwkv4: torch.nn.Module) -> None:
         ([1], {"seed": -1}, "seed"),
         ([1], {"stop": ["a"]}, "stop"),
         ([1], {"vocab_size": 0}, "vocab_size"),
+        ([1], {"vocab_size": 1.5}, "vocab_size"),
+        ([1], {"vocab_size": True}, "vocab_size"),
+        ([1], {"suppress": ["a"]}, "suppress"),
+        ([1], {"suppress": range(257)}, "none of the model's 257 ids"),
+        ([1], {"vocab_size": 2, "suppress": [0, 1]}, "none of the model's 257 ids"),
         ([1], {"temperature": -1}, "temperature"),
         ([1], {"top_p": 0}, "top_p"),
         ([1], {"top_k": -2}, "top_k"),

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statewise.text import Tokenizer, load_tokenizer
+from statewise.text import Tokenizer, load_tokenizer, trie
 from statewise.text.tokenizers import ByteTokenizer
 from statewise.text.trie import WORLD_FILE, TrieTokenizer
 
@@ -242,6 +242,111 @@ def test_world_without_a_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
         load_tokenizer("rwkv-world")
 
 
+def test_world_is_compiled_where_it_can_be(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyrwkv_tokenizer", reason="the optional package pyrwkv-tokenizer is not installed")
+    fast = load_tokenizer("rwkv-world")
+    own = load_tokenizer(shared / "data/tokenizers/rwkv_vocab_v20230424.txt")
+    assert isinstance(fast, TrieTokenizer)
+    assert isinstance(own, TrieTokenizer)
+    monkeypatch.setattr(trie, "BYTES_WORTH_LOADING", 0)
+    assert fast._compiled is not None
+
+    golden = json.loads((shared / "data/tokenizers/golden_tokens.json").read_text())
+    for case in golden["strings"] + json.loads((shared / "golden/rwkv/tokenizers.json").read_text()):
+        assert fast.encode(case["text"]) == case["world"], case["text"]
+    for case in golden["bytes"]:  # the compiled package reads text alone
+        assert fast.encode_bytes(bytes.fromhex(case["hex"])) == case["world"]
+
+    # Characters from everywhere, and pieces of the vocabulary stuck together: where greedy matching goes wrong.
+    pieces = [piece for token in range(1, 65530) if (piece := own.decode([token])) and "\ufffd" not in piece]
+    many = st.text(max_size=60) | st.lists(st.sampled_from(pieces), max_size=20).map("".join)
+
+    @settings(max_examples=1000)
+    @given(many)
+    def same_ids(text: str) -> None:
+        ids = fast.encode(text)
+        assert ids == own.encode_bytes(text.encode())
+        assert fast.decode(ids) == text
+
+    same_ids()
+    with pytest.raises(ValueError, match="lone surrogate"):
+        fast.encode("a\udcff")
+
+
+def fake_package(folder: Path, content: bytes) -> None:
+    """A stand-in for the compiled package, whose ids nobody could mistake."""
+    package = folder / "pyrwkv_tokenizer"
+    package.mkdir()
+    (package / WORLD_FILE).write_bytes(content)
+    (package / "__init__.py").write_text(
+        "class WorldTokenizer:\n"
+        "    def __init__(self, path): pass\n"
+        "    def encode(self, text): return ['compiled']\n"
+        "    def decode(self, ids): raise BaseException('panic')\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "used"),
+    [
+        (lambda content: content, True),
+        (lambda content: content.replace(b"\n", b"\r\n"), False),  # nobody has tried it on that
+        (lambda content: content.replace(b"1 '\\x00' 1", b"1 '\\x01' 1"), False),
+    ],
+    ids=["published", "other line ends", "other piece"],
+)
+def test_the_compiled_package_is_used_on_its_own_vocabulary_alone(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes], used: bool
+) -> None:
+    content = (shared / "data/tokenizers/rwkv_vocab_v20230424.txt").read_bytes()
+    fake_package(tmp_path, damage(content))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(trie, "BYTES_WORTH_LOADING", 12)
+    monkeypatch.delitem(sys.modules, "pyrwkv_tokenizer", raising=False)
+    renamed = tmp_path / "another name.txt"
+    renamed.write_bytes(content)
+    tokenizer = load_tokenizer(renamed)
+    assert tokenizer.encode("Hello") == [33155], "a short text is not worth loading the package for"
+    assert "pyrwkv_tokenizer" not in sys.modules
+    assert tokenizer.encode("Hello world") == (["compiled"] if used else [33155, 40213])
+    assert tokenizer.decode([33155, 40213]) == streamed(tokenizer, [33155, 40213]) == "Hello world"
+    assert isinstance(tokenizer, TrieTokenizer)
+    assert tokenizer.encode_bytes(b"Hello world") == [33155, 40213]
+    monkeypatch.delitem(sys.modules, "pyrwkv_tokenizer", raising=False)
+
+
+def test_another_vocabulary_never_asks_the_package(
+    small: TrieTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trie, "BYTES_WORTH_LOADING", 0)
+    monkeypatch.setattr(trie.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    assert small.decode(small.encode("Hello world")) == "Hello world"
+
+
+def test_world_without_the_compiled_package(world: TrieTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trie, "BYTES_WORTH_LOADING", 0)
+    monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
+    monkeypatch.delitem(world.__dict__, "_compiled", raising=False)
+    assert world.encode("Hello world") == [33155, 40213]
+    monkeypatch.delitem(world.__dict__, "_compiled", raising=False)
+
+
+def test_unused_ids_are_what_decode_refuses(small: TrieTokenizer, tmp_path: Path) -> None:
+    assert small.unused_ids == ByteTokenizer().unused_ids == frozenset()
+    path = tmp_path / "gaps.txt"
+    path.write_text("\n".join([*lines([]), "300 'abc' 3", "303 'abd' 3"]), encoding="utf-8")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == 304
+    assert tokenizer.unused_ids == {*range(257, 300), 301, 302}
+    for token in range(304):
+        if token in tokenizer.unused_ids:
+            with pytest.raises(ValueError, match=rf"{token} has no piece"):
+                tokenizer.decode([token])
+        else:
+            tokenizer.decode([token])
+    assert tokenizer.decode([0]) == ""  # the end of a document: not unused
+
+
 # Hugging Face files.
 
 
@@ -273,6 +378,42 @@ def test_neox_matches_the_published_ids(shared: Path) -> None:
         assert tokenizer.encode(case["text"]) == case["pile20b"]
     with pytest.raises(ValueError, match="token id"):
         tokenizer.decode([50277])
+
+
+def json_file(path: Path, vocab: dict[str, int], **more: Any) -> Path:
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    path.write_text(json.dumps({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model, **more}))
+    return path
+
+
+def test_json_encodes_all_of_a_text_whatever_the_file_was_trained_with(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fill = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "[UNK]",
+    }
+    path = json_file(tmp_path / "tokenizer.json", {"[UNK]": 0, "a": 1, "b": 2}, truncation=cut, padding=fill)
+    assert load_tokenizer(path).encode("a b a b") == [1, 2, 1, 2]
+
+
+def test_json_with_gaps_tells_them(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
+    tokenizer = load_tokenizer(json_file(tmp_path / "tokenizer.json", {"[UNK]": 1, "a": 2, "b": 5}))
+    assert (tokenizer.vocab_size, tokenizer.unused_ids) == (6, {0, 3, 4})
+    with pytest.raises(ValueError, match="3 has no piece"):
+        tokenizer.decode([1, 3])
+
+
+def test_json_with_an_impossible_id_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
+    path = json_file(tmp_path / "tokenizer.json", {"[UNK]": 0, "a": 4_000_000_000})
+    with pytest.raises(ValueError, match=r"tokenizer\.json: id 4000000000 is not in"):
+        load_tokenizer(path)
 
 
 def test_json_of_another_kind_streams_what_it_decodes(tmp_path: Path) -> None:

@@ -102,7 +102,10 @@ def tokenizer_for(opened: Opened, name: str | None) -> Tokenizer:
             raise ValueError(f"nothing tells which tokenizer this model of {size} ids reads: give --tokenizer")
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > size:
-        raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, this model {size}: they do not fit")
+        # Refused whole, although a prompt might use low ids alone: it would be read as other words, and no one told.
+        raise ValueError(
+            f"tokenizer {name} has {tokenizer.vocab_size} ids, this model only {size}: not the one it was trained with"
+        )
     return tokenizer
 
 

@@ -76,10 +76,11 @@ def main(arguments: Sequence[str]) -> int:
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         # The end of a document, in vocabularies that have it: id 0, which stands for no text.
-        stop=[0] if tokenizer.decode([0]) == "" else [],
+        stop=[0] if 0 not in tokenizer.unused_ids and tokenizer.decode([0]) == "" else [],
         seed=options.seed,
         state=state,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocab_size,  # rows beyond it, and gaps within it, have no text
+        suppress=tokenizer.unused_ids,
     )
     read = time.perf_counter()
     decoder = tokenizer.decoder()

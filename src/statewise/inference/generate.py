@@ -58,6 +58,7 @@ def generate(
     seed: int | None = None,
     state: ModelState | None = None,
     vocab_size: int | None = None,
+    suppress: Iterable[int] = (),
 ) -> Generation:
     """Continue ``prompt_ids`` token by token.
 
@@ -72,7 +73,10 @@ def generate(
         seed: draws come from a generator of this run's own; ``None`` draws from torch's global generator.
         state: what was read before the prompt (one row; moved to the model's device and dtypes); ``None`` is the
             start. Never changed.
-        vocab_size: ids from here on are never sampled (a tokenizer may use fewer ids than the embedding has rows).
+        vocab_size: ids from here on are never sampled, by any rule: a tokenizer may have fewer ids than the model has
+            rows. ``None`` leaves all rows to choose from, as does a number above theirs.
+        suppress: ids that are never sampled, such as a tokenizer's ``unused_ids``; those the model has not are passed
+            over. What is masked in either way stays allowed in the prompt.
 
     Returns:
         An iterator of ids. Its ``.state`` has at any time read everything given and sampled but the last token,
@@ -80,7 +84,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, an id outside the model's vocabulary, a state of other sizes, a sampling value
-            out of range, or logits that hold NaN.
+            out of range, no id left to choose, or logits that hold NaN.
     """
     return Generation(
         model,
@@ -91,6 +95,7 @@ def generate(
         seed=seed,
         state=state,
         vocab_size=vocab_size,
+        suppress=suppress,
     )
 
 
@@ -110,24 +115,24 @@ class Generation(Iterator[int]):
         seed: int | None,
         state: ModelState | None,
         vocab_size: int | None,
+        suppress: Iterable[int],
     ) -> None:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
             raise ValueError(f"max_tokens is {max_tokens!r}; an integer of 0 or more is accepted")
-        if vocab_size is not None and (isinstance(vocab_size, bool) or vocab_size < 1):
+        if vocab_size is not None and (type(vocab_size) is not int or vocab_size < 1):
             raise ValueError(f"vocab_size is {vocab_size!r}; None or an integer of 1 or more is accepted")
-        self._stop = frozenset(stop)
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in self._stop):
-            raise ValueError(f"stop is {sorted(map(repr, self._stop))}; token ids (integers) are accepted")
+        self._stop = _token_ids(stop, "stop")
+        masked = _token_ids(suppress, "suppress")
         prompt = _prompt_tensor(prompt_ids, model.config.vocab_size)
         self._model = model
         self._rule = rule
         self._left = max_tokens
-        self._vocab_size = vocab_size
         self._pending: int | None = None
         self._unread = False
         self._generator = None if seed is None else torch.Generator().manual_seed(_checked_seed(seed))
         device = next(model.parameters()).device
         self._logits, self._state = read_tokens(model, prompt.to(device), state)
+        self._masked = _mask(self._logits, vocab_size, masked)
         self._counts = torch.zeros(self._logits.shape[0], dtype=torch.int64) if rule.counts_tokens else None
 
     @property
@@ -154,9 +159,8 @@ class Generation(Iterator[int]):
             self._logits = logits[0]
             self._unread = False
         logits = self._logits
-        if self._vocab_size is not None and self._vocab_size < logits.shape[0]:
-            logits = logits.clone()
-            logits[self._vocab_size :] = float("-inf")
+        if self._masked is not None:
+            logits = logits.masked_fill(self._masked, float("-inf"))
         chosen = choose_token(logits, self._rule, counts=self._counts, generator=self._generator)
         self._pending, self._unread = chosen, True
         if chosen in self._stop:
@@ -232,6 +236,26 @@ def _prompt_tensor(prompt_ids: Sequence[int] | Tensor, vocab_size: int) -> Tenso
         if not 0 <= outside < vocab_size:
             raise ValueError(f"prompt_ids holds {outside}; this model's ids are 0 to {vocab_size - 1}")
     return ids
+
+
+def _token_ids(given: Iterable[int], name: str) -> frozenset[int]:
+    ids = frozenset(given)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"{name} is {sorted(map(repr, ids))}; token ids (integers) are accepted")
+    return ids
+
+
+def _mask(logits: Tensor, vocab_size: int | None, suppressed: frozenset[int]) -> Tensor | None:
+    """True where a token may not be chosen, ``(vocab,)``; ``None`` when all may."""
+    rows = logits.shape[0]
+    ids = [token for token in suppressed if 0 <= token < rows]
+    if not ids and (vocab_size is None or vocab_size >= rows):
+        return None
+    mask = torch.arange(rows, device=logits.device) >= (rows if vocab_size is None else vocab_size)
+    mask[ids] = True
+    if mask.all():
+        raise ValueError(f"vocab_size and suppress leave none of the model's {rows} ids to choose from")
+    return mask
 
 
 def _checked_seed(seed: int) -> int:

@@ -19,6 +19,7 @@ from statewise.text.tokenizers import Decoder, PieceDecoder, as_id, as_utf8
 __all__ = ["JsonTokenizer", "load_json"]
 
 MAX_FILE_BYTES = 256 << 20
+MAX_ID = 1 << 24
 _MAX_HELD = 16  # ids; a character has at most four bytes, so a longer wait is for text that never becomes valid
 
 
@@ -44,7 +45,10 @@ def load_json(path: Path) -> JsonTokenizer:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # the library raises bare Exception for a file it cannot read
         raise ValueError(f"{path}: not a tokenizer.json: {error}") from None
-    return JsonTokenizer(library, path.name, byte_level=byte_level)
+    try:
+        return JsonTokenizer(library, path.name, byte_level=byte_level)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 class JsonTokenizer:
@@ -55,10 +59,19 @@ class JsonTokenizer:
         self.name = name
         tokens: dict[str, int] = library.get_vocab(with_added_tokens=True)
         if not tokens:
-            raise ValueError(f"{name}: the vocabulary is empty")
+            raise ValueError("the vocabulary is empty")
         self.vocab_size = max(tokens.values()) + 1
+        if self.vocab_size > MAX_ID + 1:
+            raise ValueError(f"id {self.vocab_size - 1} is not in 0..{MAX_ID}")
+        # A file may bring the settings of a training run: text cut to a length, or filled up to one.
+        library.no_truncation()
+        library.no_padding()
         self._ids = frozenset(tokens.values())
         self._pieces = {token: _spelled(text) for text, token in tokens.items()} if byte_level else None
+
+    @property
+    def unused_ids(self) -> frozenset[int]:
+        return frozenset(range(self.vocab_size)) - self._ids
 
     def encode(self, text: str) -> list[int]:
         as_utf8(text)

@@ -4,14 +4,20 @@ The vocabulary is a text file, one piece a line: ``ID LITERAL LENGTH``, where LI
 its UTF-8) or bytes literal, and LENGTH counts the piece's bytes. The pieces hang in a trie of dictionaries: a node maps
 the next byte to a node, and ``_ID`` to the id of the piece that ends there. Walking it is the fastest form measured in
 plain Python: two and a half times looking slices up by length.
+
+Where the compiled package ``pyrwkv-tokenizer`` is installed, it encodes long texts in the published vocabulary, to the
+same ids. It is asked for nothing else: it decodes by panicking on half a character, and knows no bytes that are not
+UTF-8.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,8 @@ WORLD_PACKAGES = {"rwkv": "rwkv", "pyrwkv_tokenizer": "pyrwkv-tokenizer"}
 MAX_FILE_BYTES = 64 << 20
 MAX_LINE_BYTES = 8 << 10  # the longest line of the World vocabulary has 140
 MAX_ID = 1 << 20
+# Loading the compiled package takes as long as encoding this many bytes here.
+BYTES_WORTH_LOADING = 1 << 20
 
 _ID = -1  # beside byte values as keys of a node
 _Node = dict[int, Any]
@@ -38,15 +46,18 @@ class TrieTokenizer:
         pieces: the byte string of each id. Must hold all 256 single bytes, so that everything can be encoded. Id 0 is
             the end of a document, has no piece and decodes to nothing.
         name: what it is called.
+        is_world: whether these are the pieces of the published World vocabulary, which another package knows too.
     """
 
-    def __init__(self, pieces: dict[int, bytes], name: str) -> None:
+    def __init__(self, pieces: dict[int, bytes], name: str, *, is_world: bool = False) -> None:
         missing = set(range(256)) - {piece[0] for piece in pieces.values() if len(piece) == 1}
         if missing:
             raise ValueError(f"no piece for the single byte 0x{min(missing):02x}: not all text could be encoded")
         self.name = name
         self.vocab_size = max(pieces) + 1
         self._pieces = {0: b"", **pieces}
+        self._is_world = is_world
+        self._encoded = 0  # bytes so far
         self._root: _Node = {}
         for token, piece in pieces.items():
             node = self._root
@@ -55,7 +66,11 @@ class TrieTokenizer:
             node[_ID] = token
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_bytes(as_utf8(text))
+        data = as_utf8(text)
+        self._encoded += len(data)
+        if self._encoded >= BYTES_WORTH_LOADING and self._compiled is not None:
+            return self._compiled(text)
+        return self.encode_bytes(data)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes, UTF-8 or not; 5 to 8 MB/s."""
@@ -75,6 +90,14 @@ class TrieTokenizer:
             ids.append(token)
             start = end
         return ids
+
+    @property
+    def unused_ids(self) -> frozenset[int]:
+        return frozenset(range(self.vocab_size)) - self._pieces.keys()
+
+    @cached_property
+    def _compiled(self) -> Callable[[str], list[int]] | None:
+        return _compiled_world() if self._is_world else None
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self._piece, ids)).decode("utf-8", errors="replace")
@@ -118,6 +141,19 @@ def find_world() -> TrieTokenizer:
     )
 
 
+def _compiled_world() -> Callable[[str], list[int]] | None:
+    """``encode`` of the compiled package, if it is here and reads the published vocabulary, byte for byte."""
+    try:
+        package = importlib.import_module("pyrwkv_tokenizer")
+    except ImportError:
+        return None
+    file = Path(str(package.__file__)).with_name(WORLD_FILE)
+    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != WORLD_SHA256:
+        return None
+    encode: Callable[[str], list[int]] = package.WorldTokenizer(str(file)).encode
+    return encode
+
+
 def _parse(path: Path, name: str, sha256: str | None = None) -> TrieTokenizer:
     try:
         with open(path, "rb") as handle:
@@ -127,7 +163,8 @@ def _parse(path: Path, name: str, sha256: str | None = None) -> TrieTokenizer:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes: not a vocabulary")
     content = content.replace(b"\r\n", b"\n")
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
         raise ValueError(f"{path}: not the published vocabulary: its sha256 (with LF line ends) is not {sha256}")
     pieces: dict[int, bytes] = {}
     ids: dict[bytes, int] = {}
@@ -141,7 +178,7 @@ def _parse(path: Path, name: str, sha256: str | None = None) -> TrieTokenizer:
         pieces[token] = piece
         ids[piece] = token
     try:
-        return TrieTokenizer(pieces, name)
+        return TrieTokenizer(pieces, name, is_world=found == WORLD_SHA256)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
