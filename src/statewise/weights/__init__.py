@@ -25,6 +25,7 @@ __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py")
 
 _MAMBAS = {"mamba": mamba, "mamba2": mamba2, "mamba3": mamba3}
+_PICKLED = {"mamba-ssm": "pytorch_model.bin", "mamba.py": "model.pt"}  # the others' directories hold safetensors
 _MAMBA_LAYOUT = {"mamba-ssm": "state-spaces", "hf": "transformers", "mamba.py": "mamba.py"}
 
 
@@ -104,11 +105,12 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
 
     Args:
         path: the ``.pth`` file ("rwkv") or the directory (made if missing) to write.
-        checkpoint: in our terms; its ``layout`` does not matter.
+        checkpoint: in our terms, with every field of its configuration, as a model has it (``read`` gives those that
+            the file tells); its ``layout`` does not matter.
         format: one of :data:`FORMATS`.
 
     Raises:
-        ValueError: an unknown format, or one that cannot hold this architecture.
+        ValueError: an unknown format, or one that cannot hold this architecture; a field that is not there.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; accepted are {', '.join(map(repr, FORMATS))}")
@@ -123,26 +125,31 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
     }.get(format, False)
     if not held and not (architecture in _MAMBAS and layout in _MAMBAS[architecture].LAYOUTS):
         raise ValueError(f"format {format!r} cannot hold a {architecture} model")
+    fields = _Whole(checkpoint.fields)
     if format == "rwkv":
-        flat = rwkv.from_ours(architecture, checkpoint.fields, tensors)
+        flat = rwkv.from_ours(architecture, fields, tensors)
         atomic_write(target, lambda temporary: torch.save(flat, temporary))
         return
     if target.exists() and not target.is_dir():
         raise ValueError(f"format {format!r} is a directory, but {target} is a file")
-    target.mkdir(parents=True, exist_ok=True)
+    config: Mapping[str, Any]
     if format == "statewise":
-        files.write_safetensors(target / "model.safetensors", tensors)
-        config: Mapping[str, Any] = {"architecture": architecture, "config": checkpoint.fields}
+        config, renamed = {"architecture": architecture, "config": fields}, tensors
     elif format == "fla" or architecture == "rwkv4":
-        config, renamed = (fla if format == "fla" else rwkv_hf).from_ours(checkpoint.fields, tensors)
-        files.write_safetensors(target / "model.safetensors", renamed)
+        config, renamed = (fla if format == "fla" else rwkv_hf).from_ours(fields, tensors)
     else:
-        config, renamed = _MAMBAS[architecture].from_ours(layout, checkpoint.fields, tensors)
-        if format == "mamba-ssm":
-            atomic_write(target / "pytorch_model.bin", lambda temporary: torch.save(renamed, temporary))
-        elif format == "hf":
-            files.write_safetensors(target / "model.safetensors", renamed)
-        else:
-            atomic_write(target / "model.pt", lambda temporary: torch.save(renamed, temporary))
+        config, renamed = _MAMBAS[architecture].from_ours(layout, fields, tensors)
+    target.mkdir(parents=True, exist_ok=True)
+    if format in _PICKLED:
+        atomic_write(target / _PICKLED[format], lambda temporary: torch.save(renamed, temporary))
+    else:
+        files.write_safetensors(target / "model.safetensors", renamed)
     # The configuration comes last: a directory without it is recognised as unfinished.
     atomic_write(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+class _Whole(dict[str, Any]):
+    """Fields of a configuration; one that is not there is the caller's mistake, by name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"the checkpoint has no field {name!r}: what is written needs a whole configuration")
