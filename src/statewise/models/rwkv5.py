@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from statewise.models.language_model import check_call, group_parameters
+from statewise.models.learned_state import first_wkv
 from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -54,6 +55,8 @@ class RWKV5Config:
         ffn_width: hidden channels of the channel mixing; ``None`` means 3.5·width rounded down to a multiple of 32, at
             least 32.
         version: ``"5.0"``, ``"5.1"`` or ``"5.2"``: see the top of this file.
+        learned_state: every block's `att` holds `time_state` (H, N, N), from which its recurrence begins where no state
+            is given: what :mod:`statewise.training.state_tuning` learns. Its axes are the files', (H, V, K).
 
     Raises:
         ValueError: a size that is no positive integer, a width that heads do not divide, or an unknown version.
@@ -65,6 +68,7 @@ class RWKV5Config:
     head_size: int = 64
     ffn_width: int | None = None
     version: str = "5.2"
+    learned_state: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "width", "head_size", "ffn_width"):
@@ -78,6 +82,8 @@ class RWKV5Config:
                 f"RWKV5Config: width {self.width} is not a multiple of head_size {self.head_size}; "
                 "give a head_size that divides it"
             )
+        if not isinstance(self.learned_state, bool):
+            raise ValueError(f"RWKV5Config: learned_state is {self.learned_state!r}; accepted are True and False")
         if self.version not in _VERSIONS:
             raise ValueError(
                 f"RWKV5Config: version is {self.version!r}; accepted are {', '.join(map(repr, _VERSIONS))}"
@@ -89,6 +95,7 @@ class _Steps(NamedTuple):
 
     mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
     wkv: Callable[..., tuple[Tensor, Tensor]]
+    rows: int  # of a state
 
 
 def _single(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -126,6 +133,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
+        self.time_state = nn.Parameter(torch.empty(self.heads, N, N)) if config.learned_state else None
         self.ln_x = nn.GroupNorm(self.heads, C, eps=_GROUP_NORM_EPS)
 
     def forward(
@@ -139,6 +147,7 @@ class TimeMix(nn.Module):
         wide = accumulation_dtype(self.time_decay)
         log_w = -torch.exp(self.time_decay.to(wide))
         u = self.time_faaaa if self.gated else torch.exp(self.time_first.to(wide))
+        wkv = first_wkv(self.time_state, steps.rows) if wkv is None else wkv
         y, wkv = steps.wkv(r, log_w, k, v, u, wkv)
         y = self.ln_x(y.reshape(-1, x.shape[-1])).reshape(x.shape)
         if self.gated:
@@ -218,7 +227,7 @@ class RWKV5(nn.Module):
 
         Args:
             tokens: ids ``(B, T)``, integer.
-            state: where to continue; ``None`` means the beginning.
+            state: where to continue; ``None`` means the beginning, as :meth:`init_state` gives it.
             lengths: ``(B,)`` int64, right-padded rows; padding may hold any integer.
             cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
 
@@ -231,12 +240,13 @@ class RWKV5(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"RWKV5: tokens have shape {tuple(tokens.shape)}; accepted is (B, T)")
-        check_ragged("RWKV5", lengths, cu_seqlens, tokens.shape[0], tokens.shape[1], tokens.device)
+        rows = check_ragged("RWKV5", lengths, cu_seqlens, tokens.shape[0], tokens.shape[1], tokens.device)
         if lengths is not None:
             tokens = blank(tokens, valid_steps(lengths, tokens.shape[1]), 0)
         steps = _Steps(
             partial(token_mix, lengths=lengths, cu_seqlens=cu_seqlens),
             partial(wkv6, lengths=lengths, cu_seqlens=cu_seqlens),
+            rows,
         )
         return self._walk(tokens, state, steps)
 
@@ -244,7 +254,7 @@ class RWKV5(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV5.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(mix_one, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(mix_one, _single, len(token)))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
@@ -260,7 +270,8 @@ class RWKV5(nn.Module):
         return self.head(self.ln_out(x)), ModelState(tuple(new))
 
     def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token of ``batch_size`` sequences, on the model's device: zeros."""
+        """The state before the first token of ``batch_size`` sequences, on the model's device: zeros, or what was
+        learnt (``config.learned_state``), through which gradients pass."""
         C, N = self.config.width, self.config.head_size
         like = self.emb.weight
         dtype = accumulation_dtype(like)
@@ -268,7 +279,12 @@ class RWKV5(nn.Module):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=like.device)
 
-        return ModelState(tuple(RWKV5LayerState(zeros(C), zeros(C // N, N, N), zeros(C)) for _ in self.blocks))
+        block: Any  # or what a Block was wrapped in
+        layers = []
+        for block in self.blocks:
+            wkv = first_wkv(block.att.time_state, batch_size)
+            layers.append(RWKV5LayerState(zeros(C), zeros(C // N, N, N) if wkv is None else wkv, zeros(C)))
+        return ModelState(tuple(layers))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training recomputes each block in backward instead of keeping its activations."""
@@ -276,7 +292,7 @@ class RWKV5(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The official optimiser groups: `time_decay` at twice the rate, 5.0's `time_first` at three times; decay on
-        matrices named ``.weight`` alone.
+        matrices named ``.weight`` and on `time_state`.
 
         Returns:
             dicts with ``params``, ``names``, ``lr_scale`` and ``weight_decay``; every parameter in exactly one.
@@ -284,7 +300,7 @@ class RWKV5(nn.Module):
         scales = {"time_decay": 2.0, "time_first": 3.0}
 
         def rule(name: str, parameter: Tensor) -> tuple[float, float]:
-            decays = name.endswith(".weight") and parameter.squeeze().dim() >= 2
+            decays = (name.endswith(".weight") and parameter.squeeze().dim() >= 2) or name.endswith("time_state")
             return scales.get(name.rpartition(".")[2], 1.0), weight_decay if decays else 0.0
 
         return group_parameters(self, rule)
@@ -339,3 +355,5 @@ def _reset_block(block: Block, layer: int, config: RWKV5Config) -> None:
         norm.reset_parameters()
     nn.init.constant_(att.ln_x.weight, ((1 + layer) / depth) ** 0.7)
     nn.init.zeros_(att.ln_x.bias)
+    if att.time_state is not None:
+        nn.init.zeros_(att.time_state)

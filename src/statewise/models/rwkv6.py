@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from statewise.models.language_model import check_call, group_parameters
+from statewise.models.learned_state import first_wkv
 from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -52,6 +53,8 @@ class RWKV6Config:
         mix_rank: rank of `time_maa_w1`, `time_maa_w2`, for each of five mixtures; ``None`` means 32, and 64 from width
             4096 on, as released.
         decay_rank: rank of `time_decay_w1`, `time_decay_w2`; ``None`` means twice the former rule, 64 or 128.
+        learned_state: every block's `att` holds `time_state` (H, N, N), from which its recurrence begins where no state
+            is given: what :mod:`statewise.training.state_tuning` learns. Its axes are the files', (H, V, K).
 
     Raises:
         ValueError: a size that is no positive integer, or a width that heads do not divide.
@@ -64,9 +67,12 @@ class RWKV6Config:
     ffn_width: int | None = None
     mix_rank: int | None = None
     decay_rank: int | None = None
+    learned_state: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        if not isinstance(self.learned_state, bool):
+            raise ValueError(f"RWKV6Config: learned_state is {self.learned_state!r}; accepted are True and False")
+        for field in dataclasses.fields(self)[:-1]:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
@@ -92,6 +98,7 @@ class _Steps(NamedTuple):
     shift: Callable[..., tuple[Tensor, Tensor]]
     mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
     wkv: Callable[..., tuple[Tensor, Tensor]]
+    rows: int  # of a state
 
 
 def _shift_one(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,6 +140,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
         self.gate = nn.Linear(C, C, bias=False)
+        self.time_state = nn.Parameter(torch.empty(self.heads, N, N)) if config.learned_state else None
         self.ln_x = nn.GroupNorm(self.heads, C, eps=_GROUP_NORM_EPS)
 
     def forward(
@@ -147,6 +155,7 @@ class TimeMix(nn.Module):
         wide = accumulation_dtype(w)
         log_w = -torch.exp(self.time_decay.to(wide) + w.to(wide))
         r, log_w, k, v = (self._per_head(z) for z in (r, log_w, k, v))  # (B, T, H, N)
+        wkv = first_wkv(self.time_state, steps.rows) if wkv is None else wkv
         y, wkv = steps.wkv(r, log_w, k, v, self.time_faaaa, wkv)
         y = self.ln_x(y.reshape(-1, x.shape[-1])).reshape(x.shape)
         return self.output(y * F.silu(self.gate(xg))), shift, wkv
@@ -239,7 +248,7 @@ class RWKV6(nn.Module):
 
         Args:
             tokens: ids ``(B, T)``, integer.
-            state: where to continue; ``None`` means the beginning.
+            state: where to continue; ``None`` means the beginning, as :meth:`init_state` gives it.
             lengths: ``(B,)`` int64, right-padded rows; padding may hold any integer.
             cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
 
@@ -252,13 +261,14 @@ class RWKV6(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"RWKV6: tokens have shape {tuple(tokens.shape)}; accepted is (B, T)")
-        check_ragged("RWKV6", lengths, cu_seqlens, tokens.shape[0], tokens.shape[1], tokens.device)
+        rows = check_ragged("RWKV6", lengths, cu_seqlens, tokens.shape[0], tokens.shape[1], tokens.device)
         if lengths is not None:
             tokens = blank(tokens, valid_steps(lengths, tokens.shape[1]), 0)
         steps = _Steps(
             partial(token_shift, lengths=lengths, cu_seqlens=cu_seqlens),
             partial(token_mix, lengths=lengths, cu_seqlens=cu_seqlens),
             partial(wkv6, lengths=lengths, cu_seqlens=cu_seqlens),
+            rows,
         )
         return self._walk(tokens, state, steps)
 
@@ -266,7 +276,7 @@ class RWKV6(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV6.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(_shift_one, mix_one, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(_shift_one, mix_one, _single, len(token)))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
@@ -282,7 +292,8 @@ class RWKV6(nn.Module):
         return self.head(self.ln_out(x)), ModelState(tuple(new))
 
     def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token of ``batch_size`` sequences, on the model's device: zeros."""
+        """The state before the first token of ``batch_size`` sequences, on the model's device: zeros, or what was
+        learnt (``config.learned_state``), through which gradients pass."""
         C, N = self.config.width, self.config.head_size
         like = self.emb.weight
         dtype = accumulation_dtype(like)
@@ -290,21 +301,27 @@ class RWKV6(nn.Module):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=like.device)
 
-        return ModelState(tuple(RWKV6LayerState(zeros(C), zeros(C // N, N, N), zeros(C)) for _ in self.blocks))
+        block: Any  # or what a Block was wrapped in
+        layers = []
+        for block in self.blocks:
+            wkv = first_wkv(block.att.time_state, batch_size)
+            layers.append(RWKV6LayerState(zeros(C), zeros(C // N, N, N) if wkv is None else wkv, zeros(C)))
+        return ModelState(tuple(layers))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training recomputes each block in backward instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The official optimiser groups: `time_decay` at twice the rate; decay on matrices named ``.weight`` alone.
+        """The official optimiser groups: `time_decay` at twice the rate; decay on matrices named ``.weight``
+        and on `time_state`.
 
         Returns:
             dicts with ``params``, ``names``, ``lr_scale`` and ``weight_decay``; every parameter in exactly one.
         """
 
         def rule(name: str, parameter: Tensor) -> tuple[float, float]:
-            decays = name.endswith(".weight") and parameter.squeeze().dim() >= 2
+            decays = (name.endswith(".weight") and parameter.squeeze().dim() >= 2) or name.endswith("time_state")
             return 2.0 if name.endswith("att.time_decay") else 1.0, weight_decay if decays else 0.0
 
         return group_parameters(self, rule)
@@ -360,3 +377,5 @@ def _reset_block(block: Block, layer: int, config: RWKV6Config) -> None:
         norm.reset_parameters()
     nn.init.constant_(att.ln_x.weight, ((1 + layer) / depth) ** 0.7)
     nn.init.zeros_(att.ln_x.bias)
+    if att.time_state is not None:
+        nn.init.zeros_(att.time_state)

@@ -4,7 +4,8 @@ Legend: B batch, T time, C width, H heads, N head size (K = V = N), D rank of a 
 
 A block is x += att(ln1 x); x += ffn(ln2 x). Both parts mix every channel with that of the token before (token shift);
 `att` turns the mixtures into the six inputs of the recurrence :func:`statewise.ops.wkv7`. Parameters carry the
-published files' names and shapes, so a checkpoint is read without translation.
+published files' names and shapes, so a checkpoint is read without translation. RWKV-7a (`DeepEmbed`) is a field of the
+configuration, as published in RWKV-LM's `RWKV-v7/rwkv_v7a_demo.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from statewise.models.language_model import check_call, group_parameters
+from statewise.models.learned_state import first_wkv
 from statewise.models.mixing import for_projections, mix_one
 from statewise.ops.checks import accumulation_dtype
 from statewise.ops.ragged import blank, check_ragged, valid_steps
@@ -53,6 +55,10 @@ class RWKV7Config:
         gate_rank: rank of g1, g2; ``None`` means 0.6·C^0.8.
         group_norm_eps: epsilon of the heads' norm; in flash-linear-attention it follows the head size.
         keeps_unused: block 0 holds ``v0``, ``v1`` and ``v2``, which training checkpoints have and nothing reads.
+        deep_embed: RWKV-7a's: the rank of a matrix that each token has to itself in the channel mixing of every block;
+            32 in its releases, 0 for a plain RWKV-7.
+        learned_state: every block's `att` holds `time_state` (H, N, N), from which its recurrence begins where no state
+            is given: what :mod:`statewise.training.state_tuning` learns. Its axes are the files', (H, V, K).
 
     Raises:
         ValueError: a size that is no positive integer, or a width that heads do not divide.
@@ -69,18 +75,22 @@ class RWKV7Config:
     gate_rank: int | None = None
     group_norm_eps: float = _GROUP_NORM_EPS
     keeps_unused: bool = False
+    deep_embed: int = 0
+    learned_state: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.keeps_unused, bool):
-            raise ValueError(f"RWKV7Config: keeps_unused is {self.keeps_unused!r}; accepted are True and False")
+        for name in ("keeps_unused", "learned_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"RWKV7Config: {name} is {getattr(self, name)!r}; accepted are True and False")
         if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
             raise ValueError(f"RWKV7Config: group_norm_eps is {self.group_norm_eps!r}; accepted are 0 < eps < 1")
-        for field in dataclasses.fields(self)[:-2]:
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and field.default is None:
+            if field.type in ("bool", "float") or (value is None and field.default is None):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"RWKV7Config: {field.name} is {value!r}; accepted are integers from 1")
+            least = 0 if field.name == "deep_embed" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"RWKV7Config: {field.name} is {value!r}; accepted are integers from {least}")
         if self.width % self.head_size:
             raise ValueError(
                 f"RWKV7Config: width {self.width} is not a multiple of head_size {self.head_size}; "
@@ -101,6 +111,7 @@ class _Steps(NamedTuple):
 
     mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
     wkv: Callable[..., tuple[Tensor, Tensor]]
+    rows: int  # of a state
 
 
 def _single(
@@ -141,6 +152,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
+        self.time_state = nn.Parameter(torch.empty(self.heads, N, N)) if config.learned_state else None
         self.ln_x = nn.GroupNorm(self.heads, C, eps=config.group_norm_eps)
 
     def forward(
@@ -165,6 +177,7 @@ class TimeMix(nn.Module):
         k = k * (1 + (iclr - 1) * self.k_a)  # ... not from this one
 
         r, log_w, k, v, iclr = (self._per_head(z) for z in (r, log_w, k, v, iclr))  # (B, T, H, N)
+        wkv = first_wkv(self.time_state, steps.rows) if wkv is None else wkv
         y, wkv = steps.wkv(r, log_w, k, v, -kappa, kappa * iclr, wkv)
         y = self.ln_x(y.reshape(-1, x.shape[-1])).reshape(x.shape)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
@@ -175,7 +188,12 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """value(relu(key(mixture))²); unlike its ancestors without a receptance."""
+    """value(relu(key(mixture))²); unlike its ancestors without a receptance.
+
+    RWKV-7a's DeepEmbed scales the hidden channels by ((x s1) E) s2 + s0, with a matrix E (R, R) for each token of the
+    vocabulary: a row of `s_emb`, and what `s_emb_x` makes of the token's normed embedding. x is not the mixture: it is
+    this token's alone, so that the state stays what it was.
+    """
 
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__()
@@ -183,11 +201,26 @@ class ChannelMix(nn.Module):
         self.x_k = nn.Parameter(torch.empty(1, 1, config.width))
         self.key = nn.Linear(config.width, hidden, bias=False)
         self.value = nn.Linear(hidden, config.width, bias=False)
+        self.rank = R = config.deep_embed
+        if R:
+            self.s_emb = nn.Embedding(config.vocab_size, R * R)
+            self.s_emb_x = nn.Linear(config.width, R * R, bias=False)
+            self.s1 = nn.Parameter(torch.empty(config.width, R))
+            self.s2 = nn.Parameter(torch.empty(R, hidden))
+            self.s0 = nn.Parameter(torch.empty(1, 1, hidden))
 
-    def forward(self, x: Tensor, shift: Tensor | None, steps: _Steps) -> tuple[Tensor, Tensor]:
-        """x ``(B, T, C)`` → what it adds to the stream, and the new shift state."""
+    def forward(
+        self, x: Tensor, tokens: Tensor, embedded: Tensor | None, shift: Tensor | None, steps: _Steps
+    ) -> tuple[Tensor, Tensor]:
+        """x ``(B, T, C)`` → what it adds to the stream, and the new shift state.
+
+        ``tokens`` ``(B, T)`` and their normed embeddings ``embedded`` ``(B, T, C)`` are DeepEmbed's."""
         (xk,), shift = steps.mix(x, self.x_k.flatten(1), shift)
         hidden = torch.relu(self.key(xk)).square()
+        if embedded is not None:
+            E = (self.s_emb(tokens) + self.s_emb_x(embedded)).unflatten(-1, (self.rank, self.rank))
+            own = ((x @ self.s1)[..., None, :] @ E)[..., 0, :]  # (B, T, R)
+            hidden = hidden * (own @ self.s2 + self.s0).to(hidden.dtype)
         return self.value(hidden), shift
 
 
@@ -198,23 +231,31 @@ class Block(nn.Module):
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(config.width)
-        self.first = layer == 0
+        self.first, self.deep = layer == 0, config.deep_embed > 0
         self.ln1 = nn.LayerNorm(config.width)
         self.ln2 = nn.LayerNorm(config.width)
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: RWKV7LayerState | None, steps: _Steps
-    ) -> tuple[Tensor, Tensor, RWKV7LayerState]:
-        """x ``(B, T, C)`` → x, the first block's values, and this layer's new state."""
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        v_first: Tensor | None,
+        embedded: Tensor | None,
+        state: RWKV7LayerState | None,
+        steps: _Steps,
+    ) -> tuple[Tensor, Tensor, Tensor | None, RWKV7LayerState]:
+        """x ``(B, T, C)`` → x, what the first block leaves to the others (its values and, for DeepEmbed, the normed
+        embeddings), and this layer's new state."""
         att_shift, wkv, ffn_shift = (None, None, None) if state is None else state
         if self.first:
             x = self.ln0(x)
+            embedded = x if self.deep else None
         added, v_first, att_shift, wkv = self.att(for_projections(self.ln1(x)), v_first, att_shift, wkv, steps)
         x = x + added
-        added, ffn_shift = self.ffn(for_projections(self.ln2(x)), ffn_shift, steps)
-        return x + added, v_first, RWKV7LayerState(att_shift, wkv, ffn_shift)
+        added, ffn_shift = self.ffn(for_projections(self.ln2(x)), tokens, embedded, ffn_shift, steps)
+        return x + added, v_first, embedded, RWKV7LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV7(nn.Module):
@@ -242,7 +283,7 @@ class RWKV7(nn.Module):
 
         Args:
             tokens: ids ``(B, T)``, integer.
-            state: where to continue; ``None`` means the beginning.
+            state: where to continue; ``None`` means the beginning, as :meth:`init_state` gives it.
             lengths: ``(B,)`` int64, right-padded rows; padding may hold any integer.
             cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
 
@@ -255,12 +296,13 @@ class RWKV7(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"RWKV7: tokens have shape {tuple(tokens.shape)}; accepted is (B, T)")
-        check_ragged("RWKV7", lengths, cu_seqlens, tokens.shape[0], tokens.shape[1], tokens.device)
+        rows = check_ragged("RWKV7", lengths, cu_seqlens, tokens.shape[0], tokens.shape[1], tokens.device)
         if lengths is not None:
             tokens = blank(tokens, valid_steps(lengths, tokens.shape[1]), 0)
         steps = _Steps(
             partial(token_mix, lengths=lengths, cu_seqlens=cu_seqlens),
             partial(wkv7, lengths=lengths, cu_seqlens=cu_seqlens),
+            rows,
         )
         return self._walk(tokens, state, steps)
 
@@ -268,24 +310,27 @@ class RWKV7(nn.Module):
         """One token for every row: ids ``(B,)`` → logits ``(B, vocab_size)`` and the state after it."""
         if token.dim() != 1:
             raise ValueError(f"RWKV7.step: token has shape {tuple(token.shape)}; accepted is (B,)")
-        logits, state = self._walk(token[:, None], state, _Steps(mix_one, _single))
+        logits, state = self._walk(token[:, None], state, _Steps(mix_one, _single, len(token)))
         return logits[:, 0], state
 
     def _walk(self, tokens: Tensor, state: ModelState | None, steps: _Steps) -> tuple[Tensor, ModelState]:
         check_call(self, tokens, state, RWKV7LayerState)
         x = self.emb(tokens)
-        v_first = None
+        v_first = embedded = None
         new = []
         for block, old in zip(self.blocks, [None] * len(self.blocks) if state is None else state.layers, strict=True):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x, v_first, layer = checkpoint(block, x, v_first, old, steps, use_reentrant=False)
+                x, v_first, embedded, layer = checkpoint(
+                    block, x, tokens, v_first, embedded, old, steps, use_reentrant=False
+                )
             else:
-                x, v_first, layer = block(x, v_first, old, steps)
+                x, v_first, embedded, layer = block(x, tokens, v_first, embedded, old, steps)
             new.append(layer)
         return self.head(self.ln_out(x)), ModelState(tuple(new))
 
     def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token of ``batch_size`` sequences, on the model's device: zeros."""
+        """The state before the first token of ``batch_size`` sequences, on the model's device: zeros, or what was
+        learnt (``config.learned_state``), through which gradients pass."""
         C, N = self.config.width, self.config.head_size
         like = self.emb.weight
         dtype = accumulation_dtype(like)
@@ -293,21 +338,27 @@ class RWKV7(nn.Module):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=like.device)
 
-        return ModelState(tuple(RWKV7LayerState(zeros(C), zeros(C // N, N, N), zeros(C)) for _ in self.blocks))
+        block: Any  # or what a Block was wrapped in
+        layers = []
+        for block in self.blocks:
+            wkv = first_wkv(block.att.time_state, batch_size)
+            layers.append(RWKV7LayerState(zeros(C), zeros(C // N, N, N) if wkv is None else wkv, zeros(C)))
+        return ModelState(tuple(layers))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training recomputes each block in backward instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The official optimiser groups: `att.w0` at twice the rate; decay on matrices named ``.weight`` alone.
+        """The official optimiser groups: `att.w0` at twice the rate; decay on matrices named ``.weight`` and
+        on `time_state`. (None were published for DeepEmbed: its matrices are held like all others.)
 
         Returns:
             dicts with ``params``, ``names``, ``lr_scale`` and ``weight_decay``; every parameter in exactly one.
         """
 
         def rule(name: str, parameter: Tensor) -> tuple[float, float]:
-            decays = name.endswith(".weight") and parameter.squeeze().dim() >= 2
+            decays = (name.endswith(".weight") and parameter.squeeze().dim() >= 2) or name.endswith("time_state")
             return 2.0 if name.endswith("att.w0") else 1.0, weight_decay if decays else 0.0
 
         return group_parameters(self, rule)
@@ -315,7 +366,8 @@ class RWKV7(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initialisation of RWKV-LM's `RWKV-v7/train_temp`; with one layer, where it would divide by zero, that
-        layer counts as the first of many."""
+        layer counts as the first of many. DeepEmbed, for which none was published, begins without effect: a scale of 1,
+        every token's matrix the identity."""
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         rows, columns = self.head.weight.shape
         nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(rows / columns, 1)))
@@ -367,7 +419,15 @@ def _reset_block(block: Block, layer: int, config: RWKV7Config) -> None:
     nn.init.zeros_(att.output.weight)
     nn.init.orthogonal_(ffn.key.weight)
     nn.init.zeros_(ffn.value.weight)
+    if ffn.rank:
+        ffn.s_emb.weight.copy_(torch.eye(ffn.rank).flatten().expand_as(ffn.s_emb.weight))
+        nn.init.zeros_(ffn.s_emb_x.weight)
+        nn.init.zeros_(ffn.s1)
+        nn.init.orthogonal_(ffn.s2, gain=0.1)
+        nn.init.ones_(ffn.s0)
     for norm in (block.ln1, block.ln2, *([block.ln0] if block.first else [])):
         norm.reset_parameters()
     nn.init.constant_(att.ln_x.weight, ((1 + layer) / depth) ** 0.7)
     nn.init.zeros_(att.ln_x.bias)
+    if att.time_state is not None:
+        nn.init.zeros_(att.time_state)

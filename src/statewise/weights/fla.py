@@ -73,8 +73,11 @@ def from_ours(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple
     """A configuration and tensors as fla has them.
 
     Raises:
-        ValueError: a head size that goes with another epsilon there.
+        ValueError: a head size that goes with another epsilon there, or a model with what fla's has no place for.
     """
+    for field, what in (("deep_embed", "DeepEmbed (RWKV-7a)"), ("learned_state", "a learnt initial state")):
+        if fields.get(field):
+            raise ValueError(f"format 'fla' has no place for {what}")
     head_size = fields["head_size"]
     if abs(fields["group_norm_eps"] - head_size * _NORM_EPS) > 1e-12:
         raise ValueError(

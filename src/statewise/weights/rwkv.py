@@ -77,6 +77,12 @@ def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
                 fields[field] = shape(f"blocks.{block}.att.{name}", 2)[1]
         if set(UNUSED) <= set(kept):
             fields["keeps_unused"] = True
+        if attention := sorted(name for name in kept if ".qkv." in name):
+            raise ValueError(f"tensor {attention[0]} belongs to RWKV-7b's token attention, which is not supported")
+        if "blocks.0.ffn.s_emb.weight" in kept:  # RWKV-7a
+            fields["deep_embed"] = shape("blocks.0.ffn.s1", 2)[1]
+    if architecture != "rwkv4" and any(name.endswith(".att.time_state") for name in kept):
+        fields["learned_state"] = True
     return fields, kept
 
 
