@@ -17,12 +17,12 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
-from statewise.weights import files, fla, mamba, mamba2, mamba3, rwkv, rwkv_hf
+from statewise.weights import files, fla, gguf, gguf_models, mamba, mamba2, mamba3, rwkv, rwkv_hf
 
 __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 
-#: What :func:`write` can make. "rwkv" is one ``.pth`` file, the others are directories.
-FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py")
+#: What :func:`write` can make. "rwkv" is one ``.pth`` file, "gguf" one ``.gguf``, the others are directories.
+FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py", "gguf")
 
 _MAMBAS = {"mamba": mamba, "mamba2": mamba2, "mamba3": mamba3}
 _PICKLED = {"mamba-ssm": "pytorch_model.bin", "mamba.py": "model.pt"}  # the others' directories hold safetensors
@@ -47,8 +47,8 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
     """Open a checkpoint without being told what it is.
 
     Args:
-        path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` file, or a directory holding one, or several and their
-            index, beside ``config.json``.
+        path: a ``.pth``/``.pt``/``.bin``, ``.safetensors`` or ``.gguf`` file, or a directory holding one of the former,
+            or several and their index, beside ``config.json``.
         **fields: what the file cannot tell; these win over what configuration text in the file says.
 
     Raises:
@@ -62,6 +62,8 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
         config, sources = files.open_directory(source)
     elif not source.exists():
         raise FileNotFoundError(f"no checkpoint at {source}")
+    elif gguf.detect(source):
+        return _read_gguf(source, fields)
     tensors: dict[str, Tensor] = {}
     for part in sources:
         found_here = files.read_tensors(part)
@@ -73,6 +75,15 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from error
     return found._replace(fields={**found.fields, **fields})
+
+
+def _read_gguf(source: Path, given: dict[str, Any]) -> Checkpoint:
+    metadata, tensors = gguf.read_gguf(source)
+    try:
+        architecture, fields, renamed = gguf_models.to_ours(metadata, tensors)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+    return Checkpoint(architecture, fields | given, renamed, "gguf")
 
 
 def _recognise(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Checkpoint:
@@ -104,7 +115,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
     """Write a checkpoint; dtypes are kept, every file appears whole or not at all.
 
     Args:
-        path: the ``.pth`` file ("rwkv") or the directory (made if missing) to write.
+        path: the file ("rwkv", "gguf") or the directory (made if missing) to write.
         checkpoint: in our terms, with every field of its configuration, as a model has it (``read`` gives those that
             the file tells); its ``layout`` does not matter.
         format: one of :data:`FORMATS`.
@@ -122,13 +133,20 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, format: str = "s
         "rwkv": architecture.startswith("rwkv"),
         "fla": architecture == "rwkv7",
         "hf": architecture == "rwkv4",
+        "gguf": architecture in gguf_models.ARCHITECTURES,
     }.get(format, False)
     if not held and not (architecture in _MAMBAS and layout in _MAMBAS[architecture].LAYOUTS):
         raise ValueError(f"format {format!r} cannot hold a {architecture} model")
     fields = _Whole(checkpoint.fields)
+    if format in ("rwkv", "gguf") and target.is_dir():
+        raise ValueError(f"format {format!r} is a file, but {target} is a directory")
     if format == "rwkv":
         flat = rwkv.from_ours(architecture, fields, tensors)
         atomic_write(target, lambda temporary: torch.save(flat, temporary))
+        return
+    if format == "gguf":
+        metadata, blocks = gguf_models.from_ours(architecture, fields, tensors)
+        atomic_write(target, lambda temporary: gguf.write_gguf(temporary, metadata, blocks))
         return
     if target.exists() and not target.is_dir():
         raise ValueError(f"format {format!r} is a directory, but {target} is a file")

@@ -96,7 +96,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return read_claims(path, _claim_safetensors(path, start, size))
     if start[:4] == b"PK\x03\x04":
         return read_claims(path, read_zip(path))
-    raise WeightsError(f"{path}: neither safetensors nor a zip written by torch.save (starts with {start!r})")
+    raise WeightsError(f"{path}: neither GGUF nor safetensors nor a zip written by torch.save (starts with {start!r})")
 
 
 def _claim_safetensors(path: Path, start: bytes, size: int) -> list[Claim]:
