@@ -14,6 +14,8 @@ from statewise.text import load_tokenizer
 from statewise.training.config import TrainConfig
 from statewise.training.snapshot import latest_snapshot, verify_snapshot
 from statewise.weights import Checkpoint, read
+from statewise.weights.hub import is_address, local_path
+from statewise.weights.progress import reading
 
 if TYPE_CHECKING:
     from statewise.models import LanguageModel
@@ -44,14 +46,18 @@ def find_device(name: str) -> torch.device:
 
 
 def locate(path: str | Path) -> Path:
-    """The checkpoint meant by ``path``: of a run's folder, its newest snapshot (checked against its manifest).
+    """The checkpoint meant by ``path``: of a run's folder, its newest snapshot (checked against its manifest); of an
+    ``hf://`` address, what was fetched from there.
 
     Raises:
-        ValueError: the folder of a run that has no snapshot yet.
+        ValueError: the folder of a run that has no snapshot yet; a wrong address.
+        WeightsError: nothing to be had from the address.
         SnapshotError: the snapshot is damaged.
         FileNotFoundError: nothing is there.
     """
-    place = Path(path)
+    place = local_path(path)
+    if is_address(path):
+        return place
     if not place.exists():
         raise FileNotFoundError(f"no checkpoint at {place}")
     newest = latest_snapshot(place)
@@ -126,7 +132,8 @@ def survey(path: Path) -> Survey:
         WeightsError: unreadable, of no known architecture, or of impossible sizes.
         FileNotFoundError: nothing is there.
     """
-    found = read(path)
+    with reading(path, None):
+        found = read(path)
     try:
         with torch.device("meta"):
             model = create(found.architecture, **found.fields)

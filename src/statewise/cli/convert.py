@@ -17,7 +17,7 @@ __all__ = ["Options", "main"]
 class Options:
     """What the command line may say."""
 
-    source: Annotated[Path, "a checkpoint file or directory, or a run's folder"]
+    source: Annotated[str, "a checkpoint file or directory, a run's folder, or hf://owner/name"]
     target: Annotated[Path, "what to write: a .pth file for `rwkv`, a directory for the others"]
     to: Annotated[str, "format: statewise, rwkv (a .pth), fla, mamba-ssm, hf or mamba.py"] = "statewise"
     overwrite: Annotated[bool, "write over what is already there"] = False

@@ -19,7 +19,9 @@ __all__ = ["Options", "main", "yardsticks"]
 class Options:
     """What the command line may say."""
 
-    checkpoint: Annotated[str, "a checkpoint file or directory, or a run's folder (its latest snapshot)"]
+    checkpoint: Annotated[
+        str, "a checkpoint file or directory, a run's folder (its latest snapshot), or hf://owner/name"
+    ]
     data: Annotated[str | None, "stdlib, enwik8, a file or a folder; by default what the run was trained on"] = None
     split: Annotated[Literal["train", "valid", "test"], "which part of the data"] = "test"
     window: Annotated[int, "tokens read at a time; costs memory, changes no result"] = 1024

@@ -24,7 +24,9 @@ __all__ = ["Options", "main"]
 class Options:
     """What the command line may say."""
 
-    checkpoint: Annotated[str, "a checkpoint file or directory, or a run's folder (its latest snapshot)"]
+    checkpoint: Annotated[
+        str, "a checkpoint file or directory, a run's folder (its latest snapshot), or hf://owner/name"
+    ]
     prompt: Annotated[str | None, "text to continue; - reads standard input"] = None
     prompt_file: Annotated[Path | None, "a UTF-8 file whose text is continued"] = None
     max_tokens: Annotated[int, "how many tokens to write"] = 200

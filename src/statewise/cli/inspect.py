@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from statewise.cli import COMMANDS
@@ -28,7 +27,7 @@ _GENERATIONS = {
 class Options:
     """What the command line may say."""
 
-    checkpoint: Annotated[Path, "a checkpoint file or directory, or a run's folder"]
+    checkpoint: Annotated[str, "a checkpoint file or directory, a run's folder, or hf://owner/name"]
     tensors: Annotated[bool, "list every tensor"] = True
     json: Annotated[bool, "print one JSON document"] = False
 
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         print_json(report)
         return 0
     facts = [(name, _shown(report[name])) for name in report if name not in ("config", "tensors")]
-    print_table(["", str(options.checkpoint)], facts)
+    print_table(["", options.checkpoint], facts)
     print()
     print_table(["field", "value"], [(name, str(value)) for name, value in report["config"].items()])
     if options.tensors:
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _report(path: Path) -> dict[str, Any]:
+def _report(path: str) -> dict[str, Any]:
     from statewise.cli.checkpoints import locate, survey
 
     found = survey(locate(path))

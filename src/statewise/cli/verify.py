@@ -23,7 +23,7 @@ _FRESH = {"vocab_size": 256, "num_layers": 3, "width": 128}
 class Options:
     """What the command line may say."""
 
-    model: Annotated[str, "a checkpoint, a run's folder, or the name of a model (then a small one, made at random)"]
+    model: Annotated[str, "a checkpoint, a run's folder, hf://owner/name, or a model's name (a small one, at random)"]
     device: Annotated[str, "where to run"] = "cpu"
     dtype: Annotated[Dtype, "precision, and with it the bounds"] = "float64"
     length: Annotated[int, "tokens in a row"] = 83
@@ -40,13 +40,14 @@ def main(arguments: Sequence[str]) -> int:
     from statewise.cli.console import print_json, progress
     from statewise.inference import stir, verify
     from statewise.models import create, list_models
+    from statewise.weights.hub import is_address
 
     device, dtype = find_device(options.device), DTYPES[options.dtype]
     if options.model in list_models():
         torch.manual_seed(options.seed)
         model = create(options.model, **_FRESH).to(device=device, dtype=dtype)
         stir(model, seed=options.seed)
-    elif not Path(options.model).exists():
+    elif not (is_address(options.model) or Path(options.model).exists()):
         raise ValueError(
             f"{options.model!r} is neither a checkpoint nor the name of a model; names are {', '.join(list_models())}"
         )

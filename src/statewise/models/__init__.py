@@ -11,6 +11,8 @@ import torch
 
 from statewise.errors import WeightsError
 from statewise.weights import Checkpoint, read, write
+from statewise.weights.hub import local_path
+from statewise.weights.progress import Progress, reading
 
 if TYPE_CHECKING:
     from statewise.models.mamba import Mamba
@@ -77,22 +79,38 @@ def create(name: str, **fields: Any) -> LanguageModel:
     return model
 
 
-def load(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **fields: Any) -> LanguageModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: bool | Progress | None = None,
+    **fields: Any,
+) -> LanguageModel:
     """Open a published checkpoint or one of our own; architecture and sizes are found from the contents.
 
     Args:
-        path: a ``.pth``, ``.bin`` or ``.safetensors`` file, or a directory with ``config.json``.
+        path: a ``.pth``, ``.bin`` or ``.safetensors`` file, or a directory with ``config.json``; or, as a string,
+            ``hf://owner/name[@revision][/file]``: fetched from the Hugging Face hub into its client's cache (see
+            ``statewise.weights.hub`` for what is fetched; needs the optional package ``huggingface_hub``). A local path
+            never touches the network.
         dtype: what parameters are cast to, before anything is computed from them.
+        progress: ``True`` shows on standard error how much has been read, ``False`` shows nothing, and ``None`` shows
+            it for more than 1 GiB on a terminal. A callable is called as ``progress(done, total)``, in bytes of the
+            checkpoint's files, from 0 to all of them. (A download shows the client's own bars.)
         **fields: configuration fields that tensors cannot tell; they win over the file's own configuration text.
 
     Raises:
-        WeightsError: unreadable, unknown, or a missing, extra or mis-shaped tensor, which is named.
+        WeightsError: unreadable, unknown, or a missing, extra or mis-shaped tensor, which is named; a repository that
+            is not there or cannot be reached.
+        ValueError: a dtype that is no floating point, or an address of another form or without its client.
         FileNotFoundError: nothing is there.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; accepted are floating-point dtypes")
-    found = read(path, **fields)
     name = os.fspath(path)
+    source = local_path(path)
+    with reading(source, progress):
+        found = read(source, **fields)
     try:
         # Every value is about to be replaced: the meta device spares the random initialisation and its memory.
         with torch.device("meta"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -13,13 +15,27 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 
-__all__ = ["LARGEST_HEADER", "Claim", "read_claims"]
+__all__ = ["LARGEST_HEADER", "Claim", "counted", "read_claims"]
 
 #: Bytes of a header or pickle that are looked into: some 15,000 tensors. Parsed, it takes up to thirty times its size.
 LARGEST_HEADER = 2 << 20
 _MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _PIECE = 1 << 24  # bytes read at a time
+
+
+# Readers of every format lie between who wants to know and who reads; a context saves them an argument each.
+_COUNT: ContextVar[Callable[[int], None] | None] = ContextVar("count", default=None)
+
+
+@contextlib.contextmanager
+def counted(count: Callable[[int], None]) -> Iterator[None]:
+    """Within, ``count`` is called with the number of bytes of every piece of a tensor that was read."""
+    before = _COUNT.set(count)
+    try:
+        yield
+    finally:
+        _COUNT.reset(before)
 
 
 class Claim(NamedTuple):
@@ -80,6 +96,7 @@ def _read(path: Path, handle: BinaryIO, claim: Claim) -> Tensor:
     raw = torch.empty(claim.size, dtype=torch.uint8)
     view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs of Python 3.11 name no buffer
     handle.seek(claim.start)
+    tell = _COUNT.get()
     crc, done = 0, 0
     while done < claim.size:
         count = handle.readinto(view[done : done + _PIECE])  # type: ignore[attr-defined]
@@ -88,6 +105,8 @@ def _read(path: Path, handle: BinaryIO, claim: Claim) -> Tensor:
         if claim.crc is not None:
             crc = zlib.crc32(view[done : done + count], crc)
         done += count
+        if tell is not None:
+            tell(count)
     if claim.crc is not None and crc != claim.crc:
         raise WeightsError(f"{path}: tensor {claim.name} is damaged (checksum differs)")
     flat = raw.view(claim.dtype) if claim.decode is None else claim.decode(raw)
