@@ -173,9 +173,15 @@ def test_what_does_not_fit_is_named(model: RWKV7, tmp_path: Path) -> None:
     attention = {"blocks.2.qkv.k_emb.weight": torch.zeros(31, 8)}
     short = {key: tensor for key, tensor in whole.items() if key != "blocks.2.ffn.s2"}
     narrow = whole | {"blocks.1.ffn.s_emb.weight": torch.zeros(31, 9)}
+    other = whole | {"blocks.0.ffn.s_emb.weight": torch.zeros(31, 9)}
+    none = whole | {"blocks.0.ffn.s1": torch.zeros(32, 0), "blocks.0.ffn.s_emb.weight": torch.zeros(31, 0)}
+    endless = whole | {"blocks.0.ffn.s1": torch.zeros(0, 1 << 40)}
     for tensors, message in (
         (whole | attention, r"qkv\.k_emb.*RWKV-7b"),
         (short, r"blocks\.2\.ffn\.s2 is missing"),
+        (other, r"blocks\.0\.ffn\.s_emb\.weight has shape \(31, 9\)"),
+        (none, r"blocks\.0\.ffn\.s1 has shape \(32, 0\)"),
+        (endless, r"blocks\.0\.ffn\.s1 has shape \(0, "),
         (narrow, r"blocks\.1\.ffn\.s_emb\.weight has shape \(31, 9\)"),
     ):
         torch.save(tensors, tmp_path / "bad.pth")

@@ -13,8 +13,8 @@ A learnt beginning acts like a prompt that is never read: it costs no token and 
     model = load_initial_state(statewise.load("model.pth"), "tuned.pth")
 
 Entries start at zero and have to grow to the size of a state that has read something: learning rates are large, 1 and
-falling, as with RWKV-PEFT. Its files are read and written: nothing but `blocks.N.att.time_state` (H, V, K), one a block.
-:func:`statewise.save` writes weights and beginning into one file.
+falling, as with RWKV-PEFT, whose files are read and written: nothing but `blocks.N.att.time_state` (H, V, K), one a
+block. :func:`statewise.save` writes weights and beginning into one file.
 """
 
 from __future__ import annotations

@@ -80,7 +80,11 @@ def to_ours(architecture: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         if attention := sorted(name for name in kept if ".qkv." in name):
             raise ValueError(f"tensor {attention[0]} belongs to RWKV-7b's token attention, which is not supported")
         if "blocks.0.ffn.s_emb.weight" in kept:  # RWKV-7a
-            fields["deep_embed"] = shape("blocks.0.ffn.s1", 2)[1]
+            rank = fields["deep_embed"] = shape("blocks.0.ffn.s1", 2)[1]
+            # Checked before modules are made: the rank is squared, and an empty tensor may claim any.
+            for name, want in (("s1", (width, rank)), ("s_emb.weight", (vocab_size, rank**2))):
+                if (found := shape(f"blocks.0.ffn.{name}", 2)) != want or not rank:
+                    raise ValueError(f"tensor blocks.0.ffn.{name} has shape {found}, expected {want} for rank {rank}")
     if architecture != "rwkv4" and any(name.endswith(".att.time_state") for name in kept):
         fields["learned_state"] = True
     return fields, kept
