@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import statewise
 
@@ -134,6 +135,21 @@ def test_rows_beyond_the_tokenizer_and_ids_without_a_piece_are_never_written(
     statewise.save(statewise.create("rwkv4", vocab_size=255, num_layers=1, width=16), tmp_path / "narrow")
     said = refused("generate", tmp_path / "narrow", "--prompt", "a", "--tokenizer", "bytes")
     assert "tokenizer bytes has 256 ids, this model only 255" in said
+
+
+def test_the_end_of_a_document_ends_the_text(command: Command, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = statewise.create("rwkv4", vocab_size=257, num_layers=1, width=16)
+    with torch.no_grad():  # every token is as likely as any other
+        model.head.weight.zero_()
+    statewise.save(model, tmp_path / "flat")
+    pieces: list[str | bytes] = [chr(b) if b < 128 else bytes([b]) for b in range(256)]
+    (tmp_path / "v.txt").write_text("\n".join(f"{b + 1} {pieces[b]!r} 1" for b in range(256)), "utf-8")
+    ask = ("generate", tmp_path / "flat", "--prompt", "a", "--json", "--tokenizer", tmp_path / "v.txt")
+    assert command(*ask, "--temperature", 0).json["tokens"] == [], "the first of equals is id 0"
+    ids = command(*ask, "--max-tokens", 5000, "--seed", 1).json["tokens"]
+    assert 0 < len(ids) < 5000
+    assert 0 not in ids
 
 
 def test_a_real_process_streams_bytes(checkpoint: Path) -> None:

@@ -344,7 +344,9 @@ def test_unused_ids_are_what_decode_refuses(small: TrieTokenizer, tmp_path: Path
                 tokenizer.decode([token])
         else:
             tokenizer.decode([token])
-    assert tokenizer.decode([0]) == ""  # the end of a document: not unused
+    assert tokenizer.end_id == 0
+    assert tokenizer.decode([0]) == "", "the end of a document is silent, not unused"
+    assert ByteTokenizer().end_id is None
 
 
 # Hugging Face files.
@@ -370,6 +372,8 @@ def test_neox_matches_the_published_ids(shared: Path) -> None:
     pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     tokenizer = load_tokenizer(shared / "data/tokenizers/20B_tokenizer.json")
     assert tokenizer.vocab_size == 50277
+    assert tokenizer.end_id == 0
+    assert tokenizer.unused_ids == frozenset()
     for case in json.loads((shared / "data/tokenizers/golden_tokens.json").read_text())["strings"]:
         ids = case["neox20b"]
         assert tokenizer.encode(case["text"]) == ids
@@ -404,7 +408,7 @@ def test_json_encodes_all_of_a_text_whatever_the_file_was_trained_with(tmp_path:
 def test_json_with_gaps_tells_them(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     tokenizer = load_tokenizer(json_file(tmp_path / "tokenizer.json", {"[UNK]": 1, "a": 2, "b": 5}))
-    assert (tokenizer.vocab_size, tokenizer.unused_ids) == (6, {0, 3, 4})
+    assert (tokenizer.vocab_size, tokenizer.unused_ids, tokenizer.end_id) == (6, {0, 3, 4}, None)
     with pytest.raises(ValueError, match="3 has no piece"):
         tokenizer.decode([1, 3])
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,11 +36,11 @@ class Hub:
             (self.repository / name).parent.mkdir(parents=True, exist_ok=True)
             (self.repository / name).write_text("{}")
 
-    def list_repo_files(self, repo_id: str, *, revision: str | None) -> list[str]:
+    def model_info(self, repo_id: str, *, revision: str | None) -> SimpleNamespace:
         self.asked.append((repo_id, revision))
         if self.error is not None:
             raise self.error
-        return _names(self.repository)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in _names(self.repository)])
 
     def snapshot_download(
         self, repo_id: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool = False

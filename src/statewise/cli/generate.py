@@ -77,8 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         top_k=options.top_k,
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
-        # The end of a document, in vocabularies that have it: id 0, which stands for no text.
-        stop=[0] if 0 not in tokenizer.unused_ids and tokenizer.decode([0]) == "" else [],
+        stop=[] if tokenizer.end_id is None else [tokenizer.end_id],
         seed=options.seed,
         state=state,
         vocab_size=tokenizer.vocab_size,  # rows beyond it, and gaps within it, have no text

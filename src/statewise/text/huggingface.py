@@ -66,6 +66,7 @@ class JsonTokenizer:
         # A file may bring the settings of a training run: text cut to a length, or filled up to one.
         library.no_truncation()
         library.no_padding()
+        self.end_id = tokens.get("<|endoftext|>")
         self._ids = frozenset(tokens.values())
         self._pieces = {token: _spelled(text) for text, token in tokens.items()} if byte_level else None
 

@@ -47,9 +47,13 @@ class Tokenizer(Protocol):
     def unused_ids(self) -> frozenset[int]:
         """Ids below ``vocab_size`` that stand for nothing: ``decode`` refuses them, so they must not be sampled.
 
-        An id that is read as nothing is not among them: id 0 of RWKV's vocabularies, the end of a document, is the
-        empty text.
+        An id that is read as nothing is not among them, such as RWKV's ``end_id``.
         """
+
+    @property
+    def end_id(self) -> int | None:
+        """The id that ends a document: 0 in RWKV's vocabularies (where it decodes to nothing), ``<|endoftext|>`` in a
+        ``tokenizer.json`` that has it; ``None`` where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, nothing added before or after; ``ValueError`` for what is not text."""
@@ -151,6 +155,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     unused_ids: frozenset[int] = frozenset()
+    end_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(as_utf8(text))

@@ -92,6 +92,10 @@ class TrieTokenizer:
         return ids
 
     @property
+    def end_id(self) -> int | None:
+        return 0
+
+    @property
     def unused_ids(self) -> frozenset[int]:
         return frozenset(range(self.vocab_size)) - self._pieces.keys()
 
