@@ -339,6 +339,10 @@ def wrap(model: LanguageModel, **options: Any) -> StatewiseForCausalLM:
     Raises:
         ValueError: no language model of this package.
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(
+            f"model is {type(model).__name__}; accepted is what statewise.create and statewise.load return"
+        )
     found = checkpoint_of(model)
     dtype = next(model.parameters()).dtype
     config = StatewiseConfig(architecture=found.architecture, fields=found.fields, dtype=dtype, **options)
