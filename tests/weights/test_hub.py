@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import http.server
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,8 +93,6 @@ def test_a_directory_is_its_configuration_and_tensors(client: Hub) -> None:
 
 
 def test_shards_come_with_their_index(client: Hub) -> None:
-    import json
-
     from safetensors.torch import save_file
 
     model = _tiny()
@@ -285,22 +287,95 @@ def test_the_client_itself_switched_offline(tmp_path: Path) -> None:
 def test_the_clients_own_cache_opens_offline(tmp_path: Path) -> None:
     """The layout is the client's: a reference to a commit, and a snapshot of it."""
     pytest.importorskip("huggingface_hub", reason="the optional package huggingface_hub is not installed")
-    commit = "0123456789abcdef0123456789abcdef01234567"
     for name, format, file in (("ours", "statewise", ""), ("raw", "rwkv", "RWKV.pth")):
         place = tmp_path / f"hub/models--owner--{name}"
-        (place / "snapshots" / commit).mkdir(parents=True)
+        (place / "snapshots" / COMMIT).mkdir(parents=True)
         (place / "refs").mkdir()
-        (place / "refs/main").write_text(commit)
-        statewise.save(_tiny(), place / "snapshots" / commit / file, format=format)
+        (place / "refs/main").write_text(COMMIT)
+        statewise.save(_tiny(), place / "snapshots" / COMMIT / file, format=format)
     code = (
         "import statewise\n"
         "for address in ('hf://owner/ours', 'hf://owner/ours@main/model.safetensors', 'hf://owner/raw',\n"
-        f"                'hf://owner/raw/RWKV.pth', 'hf://owner/raw@{commit}'):\n"
+        f"                'hf://owner/raw/RWKV.pth', 'hf://owner/raw@{COMMIT}'):\n"
         "    print(statewise.load(address).config.width)\n"
     )
     place_vars = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=place_vars, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["16"] * 5
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    """A hub on this machine: as much of its protocol as the client speaks with it here, and what it was asked for."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            if path.startswith(f"/owner/name/resolve/{COMMIT}/"):
+                name = path.split("/", 5)[5]
+                self.server.sent.append(name)  # type: ignore[attr-defined]
+                content = (folder / name).read_bytes()
+                self._send(content, hashlib.sha256(content).hexdigest())
+            elif path in ("/api/models/owner/name", "/api/models/owner/name/revision/main"):
+                siblings = [{"rfilename": name} for name in _names(folder)]
+                self._send(json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
+            elif path == f"/api/models/owner/name/tree/{COMMIT}":
+                sizes = {name: (folder / name).stat().st_size for name in _names(folder)}
+                files = [{"type": "file", "path": name, "size": size, "oid": "0"} for name, size in sizes.items()]
+                self._send(json.dumps(files).encode())
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.end_headers()
+
+        do_HEAD = do_GET
+
+        def _send(self, content: bytes, tag: str = "") -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{tag}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    made.sent, made.folder = [], folder  # type: ignore[attr-defined]
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def test_the_client_fetches_from_a_hub(server: Any, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="the optional package huggingface_hub is not installed")
+    statewise.save(_tiny(), server.folder)
+    (server.folder / "modeling.py").write_text("raise SystemExit('run')")
+    (server.folder / "tokenizer.json").write_text("{}")
+    code = (
+        "import statewise\n"
+        "print(statewise.load('hf://owner/name').config.width)\n"
+        "try: statewise.load('hf://owner/absent')\n"
+        "except statewise.WeightsError as error: print(error)\n"
+    )
+    where = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    ask = [sys.executable, "-c", code]
+    done = subprocess.run(ask, env={**where, "PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True)
+    width, absent = done.stdout.splitlines() or [done.stderr, ""]
+    assert width == "16"
+    assert absent.startswith("hf://owner/absent: no such repository")
+    assert {*server.sent} == {"config.json", "model.safetensors"}
+    assert "Traceback" not in done.stderr
 
 
 COMMANDS: list[list[str]] = [
