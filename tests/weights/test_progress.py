@@ -71,6 +71,15 @@ def test_shards_count_towards_one_total(model: Any, tmp_path: Path) -> None:
     assert told[-1] == (total, total)
 
 
+def test_gguf_is_told_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    statewise.save(statewise.create("rwkv7", vocab_size=64, num_layers=1, width=64), path, format="gguf")
+    told: list[int] = []
+    statewise.load(path, progress=lambda done, _: told.append(done))
+    assert len(told) > 20
+    assert (told[0], told[-1]) == (0, _size(path))
+
+
 def test_a_record_read_twice_is_told_within_the_total(tmp_path: Path) -> None:
     model = statewise.create("mamba", vocab_size=2048, num_layers=1, width=16)  # mostly the embedding, which is tied
     statewise.save(model, tmp_path / "model", format="mamba-ssm")

@@ -89,7 +89,7 @@ def load(
     """Open a published checkpoint or one of our own; architecture and sizes are found from the contents.
 
     Args:
-        path: a ``.pth``, ``.bin`` or ``.safetensors`` file, or a directory with ``config.json``; or, as a string,
+        path: a ``.pth``, ``.bin``, ``.safetensors`` or ``.gguf`` file, or a directory with ``config.json``; or, as a string,
             ``hf://owner/name[@revision][/file]``: fetched from the Hugging Face hub into its client's cache (see
             ``statewise.weights.hub`` for what is fetched; needs the optional package ``huggingface_hub``). A local path
             never touches the network.
