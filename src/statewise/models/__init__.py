@@ -89,10 +89,10 @@ def load(
     """Open a published checkpoint or one of our own; architecture and sizes are found from the contents.
 
     Args:
-        path: a ``.pth``, ``.bin``, ``.safetensors`` or ``.gguf`` file, or a directory with ``config.json``; or, as a string,
-            ``hf://owner/name[@revision][/file]``: fetched from the Hugging Face hub into its client's cache (see
-            ``statewise.weights.hub`` for what is fetched; needs the optional package ``huggingface_hub``). A local path
-            never touches the network.
+        path: a ``.pth``, ``.bin``, ``.safetensors`` or ``.gguf`` file, or a directory with ``config.json``; or, as a
+            string, ``hf://owner/name[@revision][/file]``: fetched from the Hugging Face hub into its client's cache
+            (see ``statewise.weights.hub`` for what is fetched; needs the optional package ``huggingface_hub``). A local
+            path never touches the network.
         dtype: what parameters are cast to, before anything is computed from them.
         progress: ``True`` shows on standard error how much has been read, ``False`` shows nothing, and ``None`` shows
             it for more than 1 GiB on a terminal. A callable is called as ``progress(done, total)``, in bytes of the
