@@ -31,8 +31,11 @@ _ALIGNMENT = 32  # where a file does not say otherwise
 _ALIGNMENTS = tuple(1 << n for n in range(3, 17))
 _MOST_PAIRS = 1 << 14
 _MOST_TENSORS = 1 << 14
-_MOST_ITEMS = 1 << 20  # strings and arrays within arrays, of which each has to be walked over
+_MOST_ITEMS = 1 << 19  # strings and arrays within arrays, of which each has to be walked over
 _DEEPEST = 4  # arrays in arrays
+_LARGEST = 1 << 26  # bytes before the tensors; vocabularies of today take 20 MB
+_PIECE = 1 << 20
+_LENGTH = struct.Struct("<Q")
 _LONGEST_KEY = 1 << 10
 _LONGEST_NAME = 64  # llama.cpp's own limit
 _LONGEST_TEXT = 1 << 16
@@ -148,11 +151,13 @@ class _Header:
     def expect(self, count: int, what: str) -> None:
         if count > self.left:
             raise self.error(f"{what} takes {count} bytes, but {self.left} are left of {self.size}")
+        if self.at + count > _LARGEST:
+            raise self.error(f"{what} lies past the first {_LARGEST} bytes, where no description reaches")
 
     def skip(self, count: int, what: str) -> None:
         self.expect(count, what)
-        self.handle.seek(count, 1)
         self.at += count
+        self.handle.seek(self.at)
 
     def number(self, code: str, what: str) -> int:
         (found,) = struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))
@@ -162,10 +167,10 @@ class _Header:
         length = self.number("Q", what)
         if length > longest:
             raise self.error(f"{what} has {length} bytes; accepted are at most {longest}")
-        try:
-            return self.take(length, what).decode()
-        except UnicodeDecodeError as error:
-            raise self.error(f"{what} is not UTF-8") from error
+        found = self.take(length, what).decode(errors="replace")
+        if not found.isprintable() or "\ufffd" in found:
+            raise self.error(f"{what} is no printable text")
+        return found
 
     def value(self, kind: int, what: str, keep_text: bool) -> Value:
         """A value, read if it is a number, or a text to be kept."""
@@ -199,10 +204,25 @@ class _Header:
             if self.items > _MOST_ITEMS:
                 raise self.error(f"{what} holds {count} items; at most {_MOST_ITEMS} in all are accepted")
             self.expect(count * (8 if inner == _STRING else 12), what)
+            if inner == _STRING:
+                self.skip_strings(count, what)
+                return
             for _ in range(count):
                 self.skip_value(inner, what, depth + 1)
         else:
             raise self.error(f"{what} has type {kind}; accepted are 0 to 12")
+
+    def skip_strings(self, count: int, what: str) -> None:
+        """Strings one after the other: a vocabulary has many, so they are walked over in large pieces."""
+        piece, at = b"", 0
+        for _ in range(count):
+            if at + 8 > len(piece):
+                self.skip(at, what)
+                piece, at = self.handle.read(min(_PIECE, self.left)), 0
+                if len(piece) < 8:
+                    raise self.error(f"ends within {what}")
+            at += 8 + _LENGTH.unpack_from(piece, at)[0]
+        self.skip(at, what)
 
 
 def _read_header(header: _Header) -> tuple[dict[str, Value], list[Claim]]:

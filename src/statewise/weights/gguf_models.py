@@ -90,29 +90,30 @@ class _Look:
     def __init__(self, architecture: str, metadata: Mapping[str, Value]) -> None:
         self.architecture, self.metadata = architecture, metadata
 
-    def get(self, key: str) -> Value:
-        return self.metadata.get(f"{self.architecture}.{key}")
+    def get(self, key: str, unsaid: Value = None) -> Value:
+        return self.metadata.get(f"{self.architecture}.{key}", unsaid)
 
-    def count(self, key: str) -> int:
-        found = self.get(key)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise ValueError(f"metadata {self.architecture}.{key} is {found!r}; expected an integer from 1")
+    def error(self, key: str, expected: str) -> ValueError:
+        return ValueError(f"metadata {self.architecture}.{key} is {self.get(key)!r}; expected {expected}")
+
+    def count(self, key: str, least: int = 1, unsaid: Value = None) -> int:
+        found = self.get(key, unsaid)
+        if not isinstance(found, int) or isinstance(found, bool) or found < least:
+            raise self.error(key, f"an integer from {least}")
         return found
 
     def agree(self, stated: Mapping[str, Any]) -> None:
         """The tensors decide; what the metadata says of them may only agree."""
         for key, value in stated.items():
-            found = self.get(key)
-            if found is not None and found != value:
+            found = self.get(key, value)
+            if found != value:
                 raise ValueError(f"metadata {self.architecture}.{key} is {found!r}, but the tensors have {value}")
 
     def epsilon(self, key: str) -> float:
         """A float32 as the shortest decimal that is the same float32: 1e-05, not 9.99999974737875e-06."""
-        found = self.get(key)
-        if found is None:
-            return _NORM_EPS
+        found = self.get(key, _NORM_EPS)
         if not isinstance(found, float) or not 0 < found < 1:
-            raise ValueError(f"metadata {self.architecture}.{key} is {found!r}; expected a number between 0 and 1")
+            raise self.error(key, "a number between 0 and 1")
         decimals = (float(f"{found:.{digits}g}") for digits in range(1, 9))
         return next((short for short in decimals if struct.pack("<f", short) == struct.pack("<f", found)), found)
 
@@ -158,16 +159,11 @@ def _stated_of_rwkv(architecture: str, fields: Mapping[str, Any]) -> dict[str, i
 def _rwkv_to_ours(look: _Look, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in rwkv.UNUSED:
         tensors.pop(name, None)
-    if (epsilon := look.epsilon("attention.layer_norm_epsilon")) != _NORM_EPS:
-        raise ValueError(
-            f"metadata {look.architecture}.attention.layer_norm_epsilon is {epsilon}; expected {_NORM_EPS}"
-        )
-    if look.get("token_shift_count") not in (None, 2):
-        raise ValueError(
-            f"metadata {look.architecture}.token_shift_count is {look.get('token_shift_count')}; expected 2"
-        )
-    if look.architecture == "rwkv6" and look.get("rescale_every_n_layers"):
-        every = look.count("rescale_every_n_layers")
+    if look.epsilon("attention.layer_norm_epsilon") != _NORM_EPS:
+        raise look.error("attention.layer_norm_epsilon", str(_NORM_EPS))
+    if look.get("token_shift_count", 2) != 2:
+        raise look.error("token_shift_count", "2")
+    if look.architecture == "rwkv6" and (every := look.count("rescale_every_n_layers", 0, 0)):
         for name, halvings in _rescaled(tensors, every).items():
             tensors[name] = tensors[name] * 2.0 ** min(halvings, 128)
             if not bool(torch.isfinite(tensors[name]).all()):
@@ -193,7 +189,7 @@ def _mamba_to_ours(look: _Look, tensors: dict[str, Tensor]) -> tuple[dict[str, A
     fields["norm_eps"] = look.epsilon("attention.layer_norm_rms_epsilon")
     if look.architecture == "mamba2":
         fields |= {"groups": look.count("ssm.group_count"), "state_size": look.count("ssm.state_size")}
-    elif look.get("ssm.dt_b_c_rms"):
+    elif look.get("ssm.dt_b_c_rms", False):
         # llama.cpp takes the blocks' epsilon here, too; FalconMamba has 1e-6, our default.
         fields["inner_norm"] = "weightless"
     look.agree(_stated_of_mamba(look.architecture, fields, kept))
