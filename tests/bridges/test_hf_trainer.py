@@ -43,6 +43,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")  # the name older releases know
 @pytest.mark.parametrize("family", ["rwkv7", "mamba2"])
 def test_fifty_steps_lower_the_loss(family: str, tmp_path: Path) -> None:
     model = hf.wrap(statewise.create(family, vocab_size=256, num_layers=2, width=64))
