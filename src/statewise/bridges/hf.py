@@ -105,6 +105,13 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     Padding changes nothing: rows may be padded on either side (``attention_mask``), what they hold there is never
     read, and the cache holds each row's state after its own last token.
+
+    Args:
+        config: architecture and sizes.
+        model: the model to wrap, which is shared, not copied; ``None`` creates one, initialised as its authors do.
+
+    Raises:
+        ValueError: an architecture or field that :func:`statewise.create` refuses.
     """
 
     config_class = StatewiseConfig
@@ -115,13 +122,6 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"model.lm_head.weight": "model.backbone.embedding.weight"}  # noqa: RUF012 (transformers' own)
 
     def __init__(self, config: StatewiseConfig, model: LanguageModel | None = None) -> None:
-        """Args:
-        config: architecture and sizes.
-        model: the model to wrap, which is shared, not copied; ``None`` creates one, initialised as its authors do.
-
-        Raises:
-            ValueError: an architecture or field that :func:`statewise.create` refuses.
-        """
         super().__init__(config)
         self.model = create(config.architecture, **(config.fields or {})) if model is None else model
         self.gradient_checkpointing = False
@@ -176,13 +176,12 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions is not supported: there is no attention in this model")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; accepted is (B, T)")
-        if labels is not None and (labels.shape != input_ids.shape or isinstance(logits_to_keep, Tensor)):
+        some = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
+        if labels is not None and (labels.shape != input_ids.shape or some):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} and logits_to_keep is {logits_to_keep}; "
                 f"accepted are {tuple(input_ids.shape)}, as input_ids, and 0"
             )
-        if labels is not None and logits_to_keep:
-            raise ValueError(f"labels need all logits, logits_to_keep is {logits_to_keep}; accepted is 0")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         state = None if past_key_values is None else read_cache(past_key_values, self._state_spec)
@@ -204,7 +203,7 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
             logits = token_logits[:, None]
         else:
             logits, state = self.model(input_ids, state, cu_seqlens=packed)
-            logits = logits if len(kept) == T and not isinstance(logits_to_keep, Tensor) else logits[:, kept]
+            logits = logits[:, kept] if some else logits
 
         loss = None
         if labels is not None:
