@@ -26,6 +26,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from statewise.bridges.lm_eval import StatewiseLM
+from tests.docs.markdown_page import blocks
 
 LIMIT = 1e-9  # float64: only the order of sums differs
 
@@ -35,6 +36,8 @@ class WidePairs:
 
     name = "wide-bytes"
     vocab_size = 256
+    unused_ids: frozenset[int] = frozenset()
+    end_id: int | None = None
 
     def __init__(self) -> None:
         self._bytes = load_tokenizer("bytes")
@@ -111,7 +114,7 @@ def test_likelihoods_are_those_of_a_plain_loop(name: str, options: dict[str, Any
 
 def test_greedy_is_told_from_not() -> None:
     """What the model would say itself is greedy; with its last byte changed it is not."""
-    lm = build(eot_token_id=None)
+    lm = build()
     prompt = [65, 66, 67]
     said = list(statewise.generate(lm.model, prompt, max_tokens=6, temperature=0))
     wrong = [*said[:-1], (said[-1] + 1) % 256]
@@ -149,7 +152,7 @@ def continued(lm: Any, context: str, **options: Any) -> str:
 
 
 def test_generation_stops_where_it_should() -> None:
-    lm = build(eot_token_id=None)
+    lm = build()
     ids = list(statewise.generate(lm.model, list(b"Once"), max_tokens=40, temperature=0))
     whole = lm.tokenizer.decode(ids)
     assert continued(lm, "Once", max_gen_toks=40) == whole
@@ -169,15 +172,27 @@ def test_generation_stops_where_it_should() -> None:
     )
 
 
+def test_the_tokenizer_says_what_ends_and_what_is_nothing() -> None:
+    ids = list(statewise.generate(build().model, list(b"Once"), max_tokens=40, temperature=0))
+    marked: Any = load_tokenizer("bytes")
+    marked.end_id = ids[5]
+    lm = build(tokenizer=marked)
+    assert lm.eot_token_id == ids[5]
+    assert continued(lm, "Once", max_gen_toks=40) == marked.decode(ids[: ids.index(ids[5])])
+    marked = load_tokenizer("bytes")
+    marked.unused_ids = frozenset(ids[:1])
+    assert continued(build(tokenizer=marked), "Once", max_gen_toks=1) != marked.decode(ids[:1])
+
+
 def test_sampling_is_generates_own() -> None:
-    lm = build(seed=11, eot_token_id=None)
+    lm = build(seed=11)
     options = {"max_gen_toks": 30, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 50}
     first, second = lm.generate_until([ask("Once", options), ask("Once", options)])
     rule = {"max_tokens": 30, "temperature": 0.8, "top_p": 0.9, "top_k": 50}
     for seed, text in ((11, first), (12, second)):
         assert text == lm.tokenizer.decode(list(statewise.generate(lm.model, list(b"Once"), seed=seed, **rule)))
     assert first != second
-    plain_lm = build(eot_token_id=None)
+    plain_lm = build()
     texts = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -195,7 +210,7 @@ def test_sampling_is_generates_own() -> None:
         ({"dtype": "floaty"}, "dtype is 'floaty'"),
         ({"eot_token_id": 256}, "eot_token_id is 256"),
         ({"prefix_token_id": None}, "prefix_token_id is None"),
-        ({"tokenizer": SimpleNamespace(vocab_size=257)}, "tokenizer has 257 ids"),
+        ({"tokenizer": SimpleNamespace(vocab_size=257, end_id=None)}, "tokenizer has 257 ids"),
         ({"head_size": 16}, "head_size cannot be given"),
     ],
 )
@@ -244,7 +259,7 @@ def test_the_harness_runs_lambada(shared: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     text = shared / "data/text/lambada_test.jsonl"
-    lm = StatewiseLM(shared / "weights" / TINY, WidePairs(), batch_size=8, eot_token_id=None)
+    lm = StatewiseLM(shared / "weights" / TINY, WidePairs(), batch_size=8)
     files = {"data_files": {"test": str(text)}, "cache_dir": str(tmp_path)}
     rows = 40
     found = simple_evaluate(
@@ -296,3 +311,11 @@ def test_the_harness_command_line(tmp_path: Path) -> None:
     bits = nats / math.log(2) / sum(map(len, texts))
     assert got["results"]["rolling_local"]["bits_per_byte,none"] == pytest.approx(bits, rel=LIMIT)
     assert got["config"]["model_dtype"] == "torch.float64"
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs/bridges_lm_eval_and_peft.md"
+    chosen = [block.text for block in blocks(page.read_text("utf-8")) if "lm_eval" in block.info]
+    assert chosen
+    exec("\n".join(chosen), {})

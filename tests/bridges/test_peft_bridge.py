@@ -17,8 +17,10 @@ from statewise.training import language_model_loss
 peft = pytest.importorskip("peft", reason="peft is not installed: `make parity` installs it")
 
 from statewise.bridges.peft import add_lora, load_adapter, merge, projections, save_adapter  # noqa: E402
+from tests.docs.markdown_page import blocks  # noqa: E402
 
 VOCAB = 40
+SMALL = {"vocab_size": 256, "num_layers": 2, "width": 64}  # as on the page
 OPTIONS: dict[str, dict[str, Any]] = {
     "mamba": {"tie_embeddings": False},
     "mamba2": {"head_size": 16, "mlp_width": 48, "tie_embeddings": False},
@@ -274,3 +276,15 @@ def test_damaged_adapters_leave_the_model_alone(damage: Callable[[Path], Any], m
 def _good(directory: Path) -> Path:
     save_adapter(add_lora(build("rwkv4"), 2, 4, ["att.key"]), directory)
     return directory
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs/bridges_lm_eval_and_peft.md"
+    chosen = [block.text for block in blocks(page.read_text("utf-8")) if "peft" in block.info]
+    assert len(chosen) == 2
+    names: dict[str, Any] = {}
+    exec("\n".join(chosen), names)
+    want, _ = names["theirs"](names["tokens"])
+    torch.manual_seed(0)
+    assert torch.equal(load_adapter(statewise.create("mamba", **SMALL), "adapter")(names["tokens"])[0], want)

@@ -59,13 +59,12 @@ class _Reading(NamedTuple):
 
 
 @register_model("statewise")
-class StatewiseLM(TemplateLM):  # type: ignore[misc, unused-ignore]
+class StatewiseLM(TemplateLM):
     """A model of this package, as the harness asks for one.
 
     Args:
         pretrained: what :func:`statewise.load` opens, or a model (whose mode, train or eval, is left as it is).
-        tokenizer: what :func:`statewise.text.load_tokenizer` takes, or an object with ``encode``, ``decode``,
-            ``decoder`` and ``vocab_size``.
+        tokenizer: what :func:`statewise.text.load_tokenizer` takes, or an object of that kind.
         dtype: of the weights, as torch names it (``"bfloat16"``); ``None`` means float32, or what a given model has.
         device: ``None`` means the CPU, or where a given model is. The harness's command asks for ``cuda:0`` where
             nobody names a device, so on a machine without CUDA any CUDA device means the CPU, with a warning.
@@ -75,7 +74,7 @@ class StatewiseLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         prefix_token_id: read before an empty context, and before a document whose every token is scored. 0 is the end
             of a document in the RWKV World and GPT-NeoX vocabularies.
         add_bos_token: whether every context begins with ``prefix_token_id``.
-        eot_token_id: ends a generation when sampled; ``None`` means no token does.
+        eot_token_id: ends a generation when sampled; ``None`` means the tokenizer's ``end_id``, which may be none.
         max_gen_toks: tokens to generate at most where a task does not say.
         seed: sampling of the n-th request draws from a generator seeded with seed + n; ``None`` draws from torch's
             global one, which the harness seeds.
@@ -98,7 +97,7 @@ class StatewiseLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         window: int = 512,
         prefix_token_id: int = 0,
         add_bos_token: bool = False,
-        eot_token_id: int | None = 0,
+        eot_token_id: int | None = None,
         max_gen_toks: int = 256,
         seed: int | None = None,
         **fields: Any,
@@ -121,18 +120,17 @@ class StatewiseLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         rows = self.model.config.vocab_size
         if self.tokenizer.vocab_size > rows:
             raise ValueError(f"tokenizer has {self.tokenizer.vocab_size} ids, more than the model's {rows} rows")
-        for name, token in (("prefix_token_id", prefix_token_id), ("eot_token_id", eot_token_id)):
-            if (isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows) and (
-                name == "prefix_token_id" or token is not None
-            ):
+        ends = self.tokenizer.end_id if eot_token_id is None else eot_token_id
+        for name, token in (("prefix_token_id", prefix_token_id), ("eot_token_id", 0 if ends is None else ends)):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
                 raise ValueError(f"{name} is {token!r}; this model's ids are 0 to {rows - 1}")
         self.window, self.max_gen_toks, self.seed = window, max_gen_toks, seed
-        self._prefix, self._eot, self._add_bos = prefix_token_id, eot_token_id, add_bos_token
+        self._prefix, self._eot, self._add_bos = prefix_token_id, ends, add_bos_token
         self._device = next(self.model.parameters()).device
 
     @property
     def eot_token_id(self) -> int | None:
-        """Ends a generation."""
+        """Ends a generation; ``None`` means no token does."""
         return self._eot
 
     @property
@@ -247,6 +245,7 @@ class StatewiseLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             stop=() if self._eot is None else (self._eot,),
             seed=seed,
             vocab_size=self.tokenizer.vocab_size,
+            suppress=self.tokenizer.unused_ids,
             **rule,
         )
         text, decoder = "", self.tokenizer.decoder()
