@@ -180,6 +180,17 @@ def test_lies_are_refused(tmp_path: Path, name: str) -> None:
         assert after - before <= MIB << 20
 
 
+def test_many_blocks_of_which_most_is_missing_are_refused_soon(tmp_path: Path) -> None:
+    """To build a block takes longer than to name it."""
+    infos = [info(f"blk.{i}.attn_norm.weight", (8,), offset=32 * i) for i in range(1 << 14)]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(pair("rwkv7.wkv.head_size", U32, 4), infos=tuple(infos), data=1 << 19))
+    start = time.perf_counter()
+    with pytest.raises(WeightsError, match=r"blocks\.\d+\.att\.a0 is missing"):
+        statewise.load(path)
+    assert time.perf_counter() - start <= SECONDS
+
+
 @pytest.mark.parametrize(
     ("value", "infos", "message"),
     [

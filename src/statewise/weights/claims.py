@@ -15,13 +15,14 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 
-__all__ = ["LARGEST_HEADER", "Claim", "counted", "read_claims"]
+__all__ = ["LARGEST_HEADER", "Blocks", "Claim", "counted", "read_claims"]
 
 #: Bytes of a header or pickle that are looked into: some 15,000 tensors. Parsed, it takes up to thirty times its size.
 LARGEST_HEADER = 2 << 20
 _MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _PIECE = 1 << 24  # bytes read at a time
+_BLOCKS = 1 << 15  # blocks decoded at a time
 
 
 # Readers of every format lie between who wants to know and who reads; a context saves them an argument each.
@@ -38,11 +39,23 @@ def counted(count: Callable[[int], None]) -> Iterator[None]:
         _COUNT.reset(before)
 
 
+class Blocks(NamedTuple):
+    """Values packed in blocks: ``size`` bytes for ``values`` of them.
+
+    ``decode``: fills its second argument ``(blocks, values)``, of the claim's dtype, from its first ``(blocks, size)``
+    uint8. Blocks are decoded some at a time, so that packed and unpacked tensor never stand side by side.
+    """
+
+    values: int
+    size: int
+    decode: Callable[[Tensor, Tensor], None]
+
+
 class Claim(NamedTuple):
     """A tensor somewhere in a file.
 
-    ``start``, ``size``: its bytes in the file. ``shape``, ``dtype``: of the result. ``decode``: from the raw bytes to
-    the flat tensor, where they are not the tensor itself. ``crc``: the checksum that the file says these bytes have.
+    ``start``, ``size``: its bytes in the file. ``shape``, ``dtype``: of the result. ``blocks``: how it is packed, where
+    the bytes are not the tensor itself. ``crc``: the checksum that the file says these bytes have.
     """
 
     name: str
@@ -50,7 +63,7 @@ class Claim(NamedTuple):
     shape: tuple[int, ...]
     start: int
     size: int
-    decode: Callable[[Tensor], Tensor] | None = None
+    blocks: Blocks | None = None
     crc: int | None = None
 
 
@@ -72,16 +85,17 @@ def _check(path: Path, claims: list[Claim], length: int) -> list[Claim]:
     if len(claims) > _MOST_TENSORS:
         raise WeightsError(f"{path}: claims {len(claims)} tensors; at most {_MOST_TENSORS} are accepted")
     seen: set[str] = set()
-    for name, dtype, shape, start, size, decode, _ in claims:
+    for name, dtype, shape, start, size, blocks, _ in claims:
         if name in seen:
             raise WeightsError(f"{path}: two tensors are called {name}")
         seen.add(name)
         if len(shape) > _MOST_AXES or any(axis < 0 for axis in shape):
             raise WeightsError(f"{path}: tensor {name} has shape {shape}; at most {_MOST_AXES} axes are accepted")
-        if decode is None and math.prod(shape) * dtype.itemsize != size:
+        values, bytes_of = (1, dtype.itemsize) if blocks is None else blocks[:2]
+        if math.prod(shape) * bytes_of != size * values:
             raise WeightsError(
-                f"{path}: tensor {name} of shape {shape} and dtype {dtype} takes {math.prod(shape) * dtype.itemsize} "
-                f"bytes; the file gives it {size}"
+                f"{path}: tensor {name} of shape {shape} and dtype {dtype} takes "
+                f"{math.prod(shape) * bytes_of // values} bytes; the file gives it {size}"
             )
         if start < 0 or size < 0 or start + size > length:
             raise WeightsError(f"{path}: tensor {name} lies at bytes {start}..{start + size} of a file of {length}")
@@ -93,12 +107,33 @@ def _check(path: Path, claims: list[Claim], length: int) -> list[Claim]:
 
 
 def _read(path: Path, handle: BinaryIO, claim: Claim) -> Tensor:
-    raw = torch.empty(claim.size, dtype=torch.uint8)
-    view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs of Python 3.11 name no buffer
     handle.seek(claim.start)
+    if claim.blocks is not None:
+        return _read_blocks(path, handle, claim, claim.blocks).view(claim.shape)
+    raw = torch.empty(claim.size, dtype=torch.uint8)
+    crc = _fill(path, handle, claim, raw)
+    if claim.crc is not None and crc != claim.crc:
+        raise WeightsError(f"{path}: tensor {claim.name} is damaged (checksum differs)")
+    return raw.view(claim.dtype).view(claim.shape)
+
+
+def _read_blocks(path: Path, handle: BinaryIO, claim: Claim, blocks: Blocks) -> Tensor:
+    values = torch.empty(claim.size // blocks.size, blocks.values, dtype=claim.dtype)
+    raw = torch.empty(min(len(values), _BLOCKS) * blocks.size, dtype=torch.uint8)
+    for begin in range(0, len(values), _BLOCKS):
+        piece = values[begin : begin + _BLOCKS]
+        packed = raw[: len(piece) * blocks.size]
+        _fill(path, handle, claim, packed)
+        blocks.decode(packed.view(-1, blocks.size), piece)
+    return values
+
+
+def _fill(path: Path, handle: BinaryIO, claim: Claim, raw: Tensor) -> int:
+    """The next bytes of the claim, into ``raw``; their checksum, if there is one to hold it against."""
+    view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs of Python 3.11 name no buffer
     tell = _COUNT.get()
     crc, done = 0, 0
-    while done < claim.size:
+    while done < len(view):
         count = handle.readinto(view[done : done + _PIECE])  # type: ignore[attr-defined]
         if not count:
             raise WeightsError(f"{path}: the file ends within tensor {claim.name}")
@@ -107,7 +142,4 @@ def _read(path: Path, handle: BinaryIO, claim: Claim) -> Tensor:
         done += count
         if tell is not None:
             tell(count)
-    if claim.crc is not None and crc != claim.crc:
-        raise WeightsError(f"{path}: tensor {claim.name} is damaged (checksum differs)")
-    flat = raw.view(claim.dtype) if claim.decode is None else claim.decode(raw)
-    return flat.view(claim.shape)
+    return crc

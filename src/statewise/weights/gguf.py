@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from statewise.errors import WeightsError
-from statewise.weights.claims import Claim, read_claims
+from statewise.weights.claims import Blocks, Claim, read_claims
 
 __all__ = ["Value", "detect", "read_gguf", "write_gguf"]
 
@@ -44,25 +44,6 @@ _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10: "Q", 11: "q", 12: "d"}
 #: Texts that anyone asks for; all others are stepped over.
 _KEPT = ("general.architecture", "statewise.config")
-
-
-class _Type(NamedTuple):
-    """A type of tensors: ``block`` values take ``size`` bytes; ``dtype`` of what is made of them."""
-
-    name: str
-    block: int
-    size: int
-    dtype: torch.dtype
-
-
-_TYPES = {
-    0: _Type("F32", 1, 4, torch.float32),
-    1: _Type("F16", 1, 2, torch.float16),
-    30: _Type("BF16", 1, 2, torch.bfloat16),
-    2: _Type("Q4_0", 32, 18, torch.float32),
-    8: _Type("Q8_0", 32, 34, torch.float32),
-}
-_WRITTEN = {kind.dtype: number for number, kind in _TYPES.items() if kind.block == 1}
 #: Types by their numbers in ggml.h, to refuse by name.
 _REFUSED = {
     3: "Q4_1",
@@ -93,7 +74,36 @@ _REFUSED = {
     35: "TQ2_0",
     39: "MXFP4",
 }
-_BLOCKS = 1 << 15  # dequantised at a time: 4 MiB of results
+
+
+def _decode_q8_0(raw: Tensor, values: Tensor) -> None:
+    """A block is a float16 scale and 32 signed bytes: value = scale · byte."""
+    torch.mul(raw[:, 2:].view(torch.int8), raw.view(torch.float16)[:, :1].float(), out=values)
+
+
+def _decode_q4_0(raw: Tensor, values: Tensor) -> None:
+    """A block is a float16 scale and 16 bytes, whose low halves are values 0..15 and whose high halves are 16..31:
+    value = scale · (half - 8)."""
+    halves = torch.cat([raw[:, 2:] & 15, raw[:, 2:] >> 4], 1).view(torch.int8) - 8
+    torch.mul(halves, raw.view(torch.float16)[:, :1].float(), out=values)
+
+
+class _Type(NamedTuple):
+    """A type of tensors: what it is called, what is made of it, and from which blocks."""
+
+    name: str
+    dtype: torch.dtype
+    blocks: Blocks | None = None
+
+
+_TYPES = {
+    0: _Type("F32", torch.float32),
+    1: _Type("F16", torch.float16),
+    30: _Type("BF16", torch.bfloat16),
+    2: _Type("Q4_0", torch.float32, Blocks(32, 18, _decode_q4_0)),
+    8: _Type("Q8_0", torch.float32, Blocks(32, 34, _decode_q8_0)),
+}
+_WRITTEN = {kind.dtype: number for number, kind in _TYPES.items() if kind.blocks is None}
 
 
 def detect(path: Path) -> bool:
@@ -105,8 +115,8 @@ def detect(path: Path) -> bool:
 def read_gguf(path: Path) -> tuple[dict[str, Value], dict[str, Tensor]]:
     """Metadata and tensors by the file's own names.
 
-    F32, F16 and BF16 come as they are. Q8_0 and Q4_0 become float32, where scale times integer is exact, one tensor at
-    a time: memory holds the results and one tensor's blocks. Axes come outermost first.
+    F32, F16 and BF16 come as they are. Q8_0 and Q4_0 become float32, where scale times integer is exact, some
+    blocks at a time: memory holds the results alone. Axes come outermost first.
 
     Returns:
         metadata (arrays and most texts, such as tokenizers and licences, as ``None``) and tensors.
@@ -250,8 +260,8 @@ def _read_header(header: _Header) -> tuple[dict[str, Value], list[Claim]]:
         kind = _TYPES[number]
         if offset % alignment:
             raise header.error(f"tensor {name} is at offset {offset}, which is no multiple of {alignment}")
-        size = math.prod(shape) // kind.block * kind.size
-        claims.append(Claim(name, kind.dtype, shape, start + offset, size, _DECODERS.get(number)))
+        values, size = (1, kind.dtype.itemsize) if kind.blocks is None else kind.blocks[:2]
+        claims.append(Claim(name, kind.dtype, shape, start + offset, math.prod(shape) // values * size, kind.blocks))
     return metadata, claims
 
 
@@ -288,36 +298,11 @@ def _read_info(header: _Header) -> _Info:
         called = _REFUSED.get(number, f"number {number}")
         raise header.error(f"tensor {name} has type {called}; accepted are {accepted}")
     kind = _TYPES[number]
-    if inner_first[0] % kind.block:
-        raise header.error(f"tensor {name} has rows of {inner_first[0]}; {kind.name} comes in blocks of {kind.block}")
+    if kind.blocks is not None and inner_first[0] % kind.blocks.values:
+        raise header.error(
+            f"tensor {name} has rows of {inner_first[0]}; {kind.name} comes in blocks of {kind.blocks.values}"
+        )
     return _Info(name, number, inner_first[::-1], offset)
-
-
-def _decode_q8_0(raw: Tensor) -> Tensor:
-    """A block is a float16 scale and 32 signed bytes: value = scale · byte."""
-    scales = raw.view(torch.float16).view(-1, 17)[:, :1]
-    integers = raw.view(torch.int8).view(-1, 34)[:, 2:]
-    values = torch.empty(len(integers), 32)
-    for begin in range(0, len(values), _BLOCKS):
-        piece = slice(begin, begin + _BLOCKS)
-        torch.mul(integers[piece], scales[piece].float(), out=values[piece])
-    return values.flatten()
-
-
-def _decode_q4_0(raw: Tensor) -> Tensor:
-    """A block is a float16 scale and 16 bytes, whose low halves are values 0..15 and whose high halves are 16..31:
-    value = scale · (half - 8)."""
-    scales = raw.view(torch.float16).view(-1, 9)[:, :1]
-    pairs = raw.view(-1, 18)[:, 2:]
-    values = torch.empty(len(pairs), 32)
-    for begin in range(0, len(values), _BLOCKS):
-        piece = slice(begin, begin + _BLOCKS)
-        halves = torch.cat([pairs[piece] & 15, pairs[piece] >> 4], 1).view(torch.int8) - 8
-        torch.mul(halves, scales[piece].float(), out=values[piece])
-    return values.flatten()
-
-
-_DECODERS = {2: _decode_q4_0, 8: _decode_q8_0}
 
 
 def write_gguf(path: Path, metadata: Mapping[str, str | bool | int | float], tensors: Mapping[str, Tensor]) -> None:

@@ -129,6 +129,11 @@ class _Look:
         if not isinstance(fields, dict) or not set(fields) <= set(_OWN_FIELDS[self.architecture]):
             accepted = ", ".join(_OWN_FIELDS[self.architecture]) or "none"
             raise ValueError(f"metadata {_OWN} is {text!r:.80}; accepted fields: {accepted}")
+        for field, value in fields.items():
+            if not isinstance(value, (bool, int, float)) or not 0 <= value < 1 << 31:
+                raise ValueError(f"metadata {_OWN} has {field}={value!r:.40}; accepted are truth values and numbers")
+            if field == "pad_vocab_multiple" and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"metadata {_OWN} has {field}={value!r}; accepted are integers from 1")
         return fields
 
 
@@ -189,11 +194,19 @@ def _mamba_to_ours(look: _Look, tensors: dict[str, Tensor]) -> tuple[dict[str, A
     fields["norm_eps"] = look.epsilon("attention.layer_norm_rms_epsilon")
     if look.architecture == "mamba2":
         fields |= {"groups": look.count("ssm.group_count"), "state_size": look.count("ssm.state_size")}
-    elif look.get("ssm.dt_b_c_rms", False):
+        matrices = kept["backbone.layers.0.mixer.conv1d.weight"].shape[0] - fields["expand"] * fields["width"]
+        if 2 * fields["groups"] * fields["state_size"] != matrices:
+            raise look.error("ssm.group_count", f"with ssm.state_size {matrices} rows for B and C, as the tensors have")
+    elif (normed := look.get("ssm.dt_b_c_rms", False)) is not False:
+        if normed is not True:
+            raise look.error("ssm.dt_b_c_rms", "a truth value")
         # llama.cpp takes the blocks' epsilon here, too; FalconMamba has 1e-6, our default.
         fields["inner_norm"] = "weightless"
     look.agree(_stated_of_mamba(look.architecture, fields, kept))
-    return fields | look.own(), kept
+    own = look.own()
+    if fields["vocab_size"] % (multiple := own.get("pad_vocab_multiple", 1)):
+        raise ValueError(f"metadata {_OWN} pads {fields['vocab_size']} rows to a multiple of {multiple}")
+    return fields | own, kept
 
 
 def _stated_of_mamba(architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:

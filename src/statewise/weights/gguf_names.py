@@ -23,6 +23,8 @@ __all__ = ["Names", "names_of", "read_tensors", "write_tensors"]
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)$")
 _LAYER = re.compile(r"(?:blocks|backbone\.layers)\.(\d+)\.(.+)$")
 _FUSED = "time_mix_lerp_fused.weight"
+#: What a block of a model of ours may lack; whether it does is for the model to say.
+_OPTIONAL = ("att.v0", "att.v1", "att.v2", "mixer.conv1d.bias", "mixer.norm.weight")
 #: Matrices that every file holds in float32.
 _FLOAT32 = re.compile(r"_norm\.weight$|\.(ssm_conv1d|time_mix_(first|w1|w2|decay_w1|decay_w2|lerp_fused))\.weight$")
 
@@ -192,7 +194,7 @@ def read_tensors(names: Names, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by our names; the given dictionary is emptied on the way, so that nothing is held twice.
 
     Raises:
-        ValueError: an unknown name, or a shape that cannot be brought into ours.
+        ValueError: an unknown name, a block that lacks a tensor, or a shape that cannot be brought into ours.
     """
     renamed: dict[str, Tensor] = {}
     for name in list(tensors):
@@ -200,6 +202,12 @@ def read_tensors(names: Names, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if ours in renamed:
                 raise ValueError(f"tensor {name} says again what our {ours} is")
             renamed[ours] = tensor
+    # Before a model is built to find that out: a block takes milliseconds, and its name a few bytes.
+    needed = {*names.fused, *(ours for ours, _ in names.inner.values())} - {*_OPTIONAL}
+    for block in {match[1] for name in renamed if (match := _LAYER.match(name))}:
+        for ours in sorted(needed):
+            if f"{names.prefix}{block}.{ours}" not in renamed:
+                raise ValueError(f"tensor {names.prefix}{block}.{ours} is missing")
     return renamed
 
 
