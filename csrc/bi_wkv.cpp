@@ -6,18 +6,21 @@
 // faded: only differences of exponents are ever exponentiated, all of them at most zero, and kept as a pair they do not
 // lose digits however far the decay (or, with w > 0, the growth) has carried them. Nothing is ever subtracted from a sum.
 //
-// One side is scanned from the end, remembering its sums at the edges of chunks; then chunk after chunk is scanned again
-// from its end, sums kept a token, and joined with the other side as that advances. Backward does the same with twice as
-// many sums: with D_t the denominator, g_t/D_t and -g_t y_t/D_t are summed from both sides in the way values and ones
-// are, and meet in the gradients of k and v; sums of one side times cotangents' sums of the other give that of w.
+// One side is scanned from the end, remembering its sums at the edges of chunks and at every token of the first; then
+// chunk after chunk is joined with the other side as that advances, the later ones scanned again from their end, sums
+// kept a token. Backward does the same with twice as many sums: with D_t the denominator, g_t/D_t and -g_t y_t/D_t are
+// summed from both sides in the way values and ones are, and meet in the gradients of k and v; sums of one side times
+// cotangents' sums of the other give that of w.
 
 #include "rows.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kChunk = 32;
-constexpr int64_t kWidth = 64;  // channels of a task
+constexpr int64_t kChunk = 1024;  // tokens whose sums are kept: 512 KiB in backward, which the second cache holds
+constexpr int64_t kAhead = 24;    // how many tokens on the rows are that are asked for meanwhile
+constexpr int64_t kPart = 32;     // tokens whose gradients of w and u are added first: long sums lose fewer digits so
+constexpr int64_t kWidth = 64;    // channels of a task
 
 // Below every key.
 template <class T>
@@ -90,17 +93,26 @@ void forward_block(
         Sum<T> right = Sum<T>::nothing(), sum = Sum<T>::nothing();
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             right.keep(edges + chunk * fields * lanes, lanes);
-            for (int64_t t = std::min(span.count, (chunk + 1) * kChunk) - 1; t >= chunk * kChunk; --t) from_right(right, t);
+            for (int64_t t = std::min(span.count, (chunk + 1) * kChunk) - 1; t >= chunk * kChunk; --t) {
+                const int64_t next = (span.begin + std::max<int64_t>(t - kAhead, 0)) * in.C + c;
+                __builtin_prefetch(in.v + next, 0, 2);
+                __builtin_prefetch(in.k + next, 0, 2);
+                if (!chunk) right.keep(inside + t * fields * lanes, lanes);
+                from_right(right, t);
+            }
         }
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t start = chunk * kChunk, end = std::min(span.count, start + kChunk);
             right = Sum<T>::kept(edges + chunk * fields * lanes, lanes);
-            for (int64_t t = end - 1; t >= start; --t) {
+            for (int64_t t = end - 1; chunk && t >= start; --t) {
                 right.keep(inside + (t - start) * fields * lanes, lanes);
                 from_right(right, t);
             }
             for (int64_t t = start; t < end; ++t) {
                 const int64_t row = (span.begin + t) * in.C + c;
+                const int64_t next = (span.begin + std::min(t + kAhead, span.count - 1)) * in.C + c;
+                __builtin_prefetch(y + next, 1, 2);
+                for (int f = 0; kept.at && f < 4; ++f) __builtin_prefetch(kept.field(f, next), 1, 2);
                 Vec<T> k = load<T>(in.k + row, left), v = load<T>(in.v + row, left), bonus = u + k;
                 right = Sum<T>::kept(inside + (t - start) * fields * lanes, lanes);
                 Int<T> sum_leads = (sum.key - right.key) + (sum.steps - right.steps) * w >= T(0);
@@ -143,6 +155,9 @@ void backward_block(
         Sum<T> all = Sum<T>::nothing();
         for (int64_t t = 0; t < span.count; ++t) {
             const int64_t row = (span.begin + t) * in.C + c;
+            const int64_t next = (span.begin + std::min(t + kAhead, span.count - 1)) * in.C + c;
+            __builtin_prefetch(in.v + next, 0, 2);
+            __builtin_prefetch(in.k + next, 0, 2);
             all.take(load<T>(in.v + row, left), one, load<T>(in.k + row, left), zero, zero);
         }
         const Vec<T> center = span.count ? all.num / all.den : zero;
@@ -165,20 +180,29 @@ void backward_block(
         Side right = nothing, sum = nothing;
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             keep(right, edges + chunk * fields * lanes);
-            for (int64_t t = std::min(span.count, (chunk + 1) * kChunk) - 1; t >= chunk * kChunk; --t) take(right, t);
+            for (int64_t t = std::min(span.count, (chunk + 1) * kChunk) - 1; t >= chunk * kChunk; --t) {
+                if (!chunk) keep(right, inside + t * fields * lanes);
+                const int64_t next = (span.begin + std::max<int64_t>(t - kAhead, 0)) * in.C + c;
+                for (int f = 0; f < 4; ++f) __builtin_prefetch(kept.field(f, next), 0, 2);
+                __builtin_prefetch(grad_y + next, 0, 2);
+                take(right, t);
+            }
         }
         Vec<T> total_w = {}, total_u = {};
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t start = chunk * kChunk, end = std::min(span.count, start + kChunk);
             const T* edge = edges + chunk * fields * lanes;
-            Vec<T> part_w = {}, part_u = {};  // of this chunk: long sums lose fewer digits in two steps
+            Vec<T> part_w = {}, part_u = {};
             right = {Sum<T>::kept(edge, lanes), Sum<T>::kept(edge + half, lanes)};
-            for (int64_t t = end - 1; t >= start; --t) {
+            for (int64_t t = end - 1; chunk && t >= start; --t) {
                 keep(right, inside + (t - start) * fields * lanes);
                 take(right, t);
             }
             for (int64_t t = start; t < end; ++t) {
                 const int64_t row = (span.begin + t) * in.C + c;
+                const int64_t next = (span.begin + std::min(t + kAhead, span.count - 1)) * in.C + c;
+                __builtin_prefetch(grad_k + next, 1, 2);
+                __builtin_prefetch(grad_v + next, 1, 2);
                 const T* here = inside + (t - start) * fields * lanes;
                 right = {Sum<T>::kept(here, lanes), Sum<T>::kept(here + half, lanes)};
                 Vec<T> k = load<T>(in.k + row, left), v = load<T>(in.v + row, left) - center;
@@ -201,9 +225,12 @@ void backward_block(
                 };
                 part_w += passing(sum.values, right.pulls) + passing(right.values, sum.pulls);
                 take(sum, t);
+                if (t % kPart == kPart - 1 || t == end - 1) {
+                    total_w += part_w;
+                    total_u += part_u;
+                    part_w = part_u = zero;
+                }
             }
-            total_w += part_w;
-            total_u += part_u;
         }
         store<T>(grad_w + c, total_w, left);
         store<T>(grad_u + c, total_u, left);
@@ -218,7 +245,8 @@ void for_blocks(const Span* spans, int64_t n, int64_t C, int64_t fields, int64_t
     for (int64_t i = 0; i < n; ++i) longest = std::max(longest, spans[i].count);
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
     {
-        Scratch<T> edges((longest + kChunk - 1) / kChunk * fields * kLanes<T>), inside(kChunk * fields * kLanes<T>);
+        Scratch<T> edges((longest + kChunk - 1) / kChunk * fields * kLanes<T>);
+        Scratch<T> inside(std::min(longest, kChunk) * fields * kLanes<T>);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < n * blocks; ++task) {
             const int64_t c = task % blocks * step;

@@ -139,6 +139,16 @@ def test_parallel_is_reference_whatever_comes(time: int, seed: int, spread: floa
     hold(outcome(inputs, backend="torch"), outcome(inputs, backend="reference"))
 
 
+@pytest.mark.parametrize("time", [1023, 1024, 1025, 2048, 2100])
+@pytest.mark.parametrize("sign", [-0.02, -1.0, 0.5])
+def test_the_kernel_at_the_edges_of_what_it_keeps(time: int, sign: float) -> None:
+    """It scans the later chunks of 1024 tokens twice, the first once."""
+    inputs = draw(1, time, sign=sign)
+    hold(outcome(inputs, backend="native"), outcome(inputs, backend="torch"))
+    lengths = torch.tensor([time - 3])
+    hold(outcome(inputs, backend="native", lengths=lengths), outcome(inputs, backend="torch", lengths=lengths))
+
+
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("decay", [-torch.inf, -1e4, -20.0, 0.0, 1e-6, 20.0, 1e4])
