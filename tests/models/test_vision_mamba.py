@@ -189,6 +189,10 @@ def test_positions_move_with_the_middle() -> None:
     assert model.config.grid == (6, 10)
     assert model.pos_embed.requires_grad
     assert relative(model(images), before) <= 1e-12
+    model.set_input_size(patch_size=4)
+    assert model.config.image_size == (24, 40)
+    with pytest.raises(ValueError, match="patches are not resized"):
+        model.set_input_size(32, 8)
 
 
 @torch.no_grad()
@@ -205,8 +209,18 @@ def test_maps_leave_the_class_token_out() -> None:
     calls: list[int] = []
     model.layers[2].register_forward_hook(lambda *_: calls.append(1))
     (raw,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
+    stopped, _ = model.forward_intermediates(images, indices=[1], stop_early=True)
     assert not calls
+    assert relative(stopped, model.norm_f(_stream(model, images, 2))) <= 1e-12
     assert relative(model.norm_f(raw.flatten(2).transpose(1, 2)), maps[1].flatten(2).transpose(1, 2)) <= 1e-12
+
+
+def _stream(model: VisionMamba, images: Tensor, count: int) -> Tensor:
+    """After ``count`` blocks, class token and all."""
+    x, _ = model._embed(images)
+    for layer in model.layers[:count]:
+        x = layer(x)
+    return x
 
 
 def test_head_comes_and_goes() -> None:
@@ -220,8 +234,14 @@ def test_head_comes_and_goes() -> None:
     assert abs(float(model.get_classifier().weight.detach().std()) - 0.02) < 5e-3
     model.reset_classifier(0, "token")
     assert model(images).shape == (2, model.num_features)
-    with pytest.raises(ValueError, match="'avg'; accepted is 'token'"):
-        model.reset_classifier(3, "avg")
+    with pytest.raises(ValueError, match="global_pool is 'max'"):
+        model.reset_classifier(3, "max")
+    tokens = model.forward_features(images)
+    model.reset_classifier(4, "avg")
+    patches = torch.cat([tokens[:, :7], tokens[:, 8:]], 1)
+    assert relative(model.forward_head(tokens, pre_logits=True), patches.mean(1)) <= 1e-12
+    model.reset_classifier(4, "")
+    assert model(images).shape == (2, 16, 4)
 
 
 def test_groups() -> None:
@@ -342,6 +362,9 @@ def test_there_is_no_state() -> None:
         ({"width": 0}, "width is 0"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"drop_path_rate": 1}, "drop_path_rate is 1"),
+        ({"drop_rate": -0.1}, "drop_rate is -0.1"),
+        ({"global_pool": "max"}, "global_pool is 'max'"),
+        ({"layer_scale": "1"}, "layer_scale is '1'"),
         ({"layer_scale": float("nan")}, "layer_scale is nan"),
         ({"divide_out": 1}, "divide_out is 1"),
     ],

@@ -46,12 +46,12 @@ _UNDECAYED = ("A_log", "A_b_log", "D", "D_b")
 _STD_OF_CUT_NORMAL = 0.8796256610342398  # of the standard normal distribution cut at ±2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionMambaConfig:
     """Sizes and options of a Vision Mamba; the defaults are Vim-tiny's.
 
     Args:
-        num_classes: rows of the head; 0 means no head: the model returns the class token's features.
+        num_classes: rows of the head; 0 means no head: the model returns pooled features.
         image_size: one side or (height, width) that the position embedding is made for. Other sizes are read too.
         patch_size: one side or (height, width) of a patch.
         stride: pixels from one patch to the next, one number or (down, right); ``None`` means the patch size. The
@@ -66,17 +66,20 @@ class VisionMambaConfig:
         norm_eps: epsilon of the norms.
         rms_norm: RMSNorm; ``False`` means LayerNorm.
         residual_in_fp32: whether the stream between blocks stays float32 in a half-precision model.
+        drop_rate: dropout after positions were added.
         drop_path_rate: in training, the share of images that skip the last block's branch; earlier blocks' shares rise
             evenly from 0.
+        global_pool: what the head reads: ``"token"``, the class token; ``"avg"``, the mean of the patches; ``""``,
+            every token.
 
     Raises:
         ValueError: a value outside its range.
     """
 
     num_classes: int = 1000
-    image_size: int | tuple[int, int] = 224
-    patch_size: int | tuple[int, int] = 16
-    stride: int | tuple[int, int] | None = None
+    image_size: int | Sequence[int] = 224
+    patch_size: int | Sequence[int] = 16
+    stride: int | Sequence[int] | None = None
     in_channels: int = 3
     width: int = 192
     num_layers: int = 24
@@ -91,7 +94,9 @@ class VisionMambaConfig:
     norm_eps: float = 1e-5
     rms_norm: bool = True
     residual_in_fp32: bool = True
+    drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    global_pool: str = "token"
 
     def __post_init__(self) -> None:
         name = "VisionMambaConfig"
@@ -104,9 +109,12 @@ class VisionMambaConfig:
                 object.__setattr__(self, field, value if isinstance(value, int) else both)  # JSON knows no tuples
         if any(step > side for step, side in zip(self.strides, self.patch, strict=True)):
             raise ValueError(f"{name}: stride {self.stride} is larger than patch_size {self.patch_size}: pixels unread")
+        check_rate(f"{name}: drop_rate", self.drop_rate)
         check_rate(f"{name}: drop_path_rate", self.drop_path_rate)
+        if self.global_pool not in ("token", "avg", ""):
+            raise ValueError(f"{name}: global_pool is {self.global_pool!r}; accepted are 'token', 'avg' and ''")
         scale = self.layer_scale
-        if scale is not None and (isinstance(scale, bool) or not math.isfinite(scale)):
+        if scale is not None and (not isinstance(scale, int | float) or not math.isfinite(scale)):
             raise ValueError(f"{name}: layer_scale is {scale!r}; accepted are None and finite numbers")
         if not isinstance(self.divide_out, bool):
             raise ValueError(f"{name}: divide_out is {self.divide_out!r}; accepted are True and False")
@@ -145,14 +153,14 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: VisionMambaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.grid_at, self.patch, self.strides = config.grid_at, config.patch, config.strides
         self.proj = nn.Conv2d(config.in_channels, config.width, config.patch, config.strides)
 
     def forward(self, images: Tensor) -> Tensor:
         """Zeros stand where the last patches reach beyond the image."""
         height, width = images.shape[2:]
-        rows, columns = self.config.grid_at((height, width))
-        (tall, wide), (down, right) = self.config.patch, self.config.strides
+        rows, columns = self.grid_at((height, width))
+        (tall, wide), (down, right) = self.patch, self.strides
         missing = (rows - 1) * down + tall - height, (columns - 1) * right + wide - width
         if any(missing):
             images = F.pad(images, (0, missing[1], 0, missing[0]))
@@ -190,6 +198,9 @@ def _without_middle(tokens: Tensor) -> Tensor:
 class VisionMamba(nn.Module):
     """Images in, classes out; or maps of features after any of its blocks."""
 
+    #: Tokens before the patches; timm asks. (The class token is among them, and left out of maps.)
+    num_prefix_tokens = 0
+
     def __init__(self, config: VisionMambaConfig) -> None:
         super().__init__()
         self.config = config
@@ -204,14 +215,19 @@ class VisionMamba(nn.Module):
         self.reset_parameters()
 
     def forward(self, images: Tensor, state: None = None) -> Tensor:
-        """images ``(B, in_channels, H, W)`` of any size → logits ``(B, num_classes)``.
+        """Classify images of any size.
 
         Sizes that patches do not cover exactly are padded with zeros at the bottom and on the right; at sizes other
         than ``config.image_size`` the position embedding is resized, bicubic.
 
         Args:
-            images: normalised, in the dtype of the parameters.
-            state: refused: the second scan starts at the last patch.
+            images: ``(B, in_channels, H, W)``, floating point, normalised as the weights were trained with.
+            state: must be ``None``; it stands here to be refused with the reason: the second scan starts at the last
+                patch.
+
+        Returns:
+            logits ``(B, num_classes)``; without classes pooled features ``(B, width)``; with ``global_pool=""`` either
+            for every token, ``(B, N + 1, ...)``.
 
         Raises:
             ValueError: images of the wrong shape, channels or dtype, without a pixel; a state.
@@ -228,42 +244,43 @@ class VisionMamba(nn.Module):
         return tokens
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """What :meth:`forward_features` returns → logits ``(B, num_classes)``.
-
-        Args:
-            features: ``(B, N + 1, width)``.
-            pre_logits: return what the head would read, ``(B, width)``: the class token.
-        """
-        token = features[:, (features.shape[1] - 1) // 2]
-        return token if pre_logits else self.get_classifier()(token)
+        """What :meth:`forward_features` returns, ``(B, N + 1, width)`` → logits, or (``pre_logits``) what the head
+        reads."""
+        x = features
+        if self.config.global_pool == "token":
+            x = features[:, (features.shape[1] - 1) // 2]
+        elif self.config.global_pool == "avg":
+            x = _without_middle(features).mean(1)
+        return x if pre_logits else self.get_classifier()(x)
 
     def forward_intermediates(
         self,
         images: Tensor,
         indices: int | Sequence[int] | None = None,
         norm: bool = False,
+        stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The stream after chosen blocks, without the class token.
 
         Args:
             images: as for :meth:`forward`.
             indices: which blocks: ``None`` all, n the last n, or a list of numbers (negative: from the end).
             norm: whether each map passes the last norm.
+            stop_early: run no block behind the last chosen; the first result is then the normed stream there.
             output_fmt: ``"NCHW"``: maps ``(B, width, rows, columns)``; ``"NLC"``: tokens ``(B, N, width)``.
-            intermediates_only: return the list alone, and skip blocks behind the last one asked for.
+            intermediates_only: leave out the first result.
 
         Returns:
-            what :meth:`forward_features` returns, and a list with a map for every block asked for, in their order; or
-            the list alone.
+            what :meth:`forward_features` returns, and the list, in the order of blocks.
 
         Raises:
             ValueError: see :meth:`forward`; no such block; another format.
         """
         chosen = take_indices("VisionMamba", indices, len(self.layers))
         x, grid = self._embed(images)
-        blocks = self.layers[: chosen[-1] + 1] if intermediates_only else self.layers
+        blocks = self.layers[: chosen[-1] + 1] if stop_early or intermediates_only else self.layers
         x, kept = run_blocks(blocks, x, checkpointing=self.grad_checkpointing, keep=chosen)
         streams = [self.norm_f(stream) if norm else stream for stream in kept]
         maps = [as_features(_without_middle(stream), grid, output_fmt) for stream in streams]
@@ -277,7 +294,7 @@ class VisionMamba(nn.Module):
         middle = patches.shape[1] // 2
         token = self.cls_token.expand(patches.shape[0], -1, -1)
         x = torch.cat([patches[:, :middle], token.to(patches.dtype), patches[:, middle:]], 1)
-        x = x + self._positions(grid)
+        x = F.dropout(x + self._positions(grid), self.config.drop_rate, self.training)
         return x.to(accumulation_dtype(x)) if self.config.residual_in_fp32 else x, grid
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
@@ -312,12 +329,17 @@ class VisionMamba(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Channels of the features."""
+        """Channels of a token."""
         return self.config.width
 
     @property
     def embed_dim(self) -> int:
-        """As ``num_features``."""
+        """Channels of a token."""
+        return self.config.width
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the head reads."""
         return self.config.width
 
     @property
@@ -331,29 +353,40 @@ class VisionMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes`` classes; 0 takes it away.
+        """Replace the head by a fresh one; 0 classes leave none. ``global_pool=None`` leaves pooling as it is.
 
         Raises:
-            ValueError: a pooling other than ``"token"`` (``None`` means the same).
+            ValueError: a number of classes or a pooling that the configuration would refuse.
         """
-        if global_pool not in (None, "token"):
-            raise ValueError(f"global_pool is {global_pool!r}; accepted is 'token': the head reads the class token")
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
-        like = self.pos_embed
-        self.head = _head(self.config).to(device=like.device, dtype=like.dtype)
+        pool = self.config.global_pool if global_pool is None else global_pool
+        self.config = dataclasses.replace(self.config, num_classes=num_classes, global_pool=pool)
+        self.head = _head(self.config).to(self.pos_embed)
         self._reset_head()
 
-    def set_input_size(self, image_size: int | tuple[int, int]) -> None:
-        """Make the position embedding for another size of images, resized from what it is now.
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Make the position embedding for another size of image, from what it is now.
+
+        Args:
+            img_size: pixels, one number or (height, width); ``None`` leaves all as it is.
+            patch_size: must be the model's own, or ``None``.
 
         Raises:
-            ValueError: no size.
+            ValueError: another patch size.
         """
-        config = dataclasses.replace(self.config, image_size=image_size)
+        if patch_size is not None and pair("patch_size", patch_size) != self.config.patch:
+            raise ValueError(
+                f"VisionMamba: patch_size is {patch_size!r}; this model's is {self.config.patch_size!r}, and patches "
+                "are not resized"
+            )
+        if img_size is None:
+            return
+        config = dataclasses.replace(self.config, image_size=img_size)
         with torch.no_grad():
             positions = self._positions(config.grid)
-        self.pos_embed = nn.Parameter(positions.detach().clone(), requires_grad=self.pos_embed.requires_grad)
-        self.config = self.patch_embed.config = config
+        self.pos_embed = nn.Parameter(positions.detach().clone(), self.pos_embed.requires_grad)
+        self.config = config
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks are recomputed in backward instead of keeping their activations."""
