@@ -1,0 +1,112 @@
+"""Vision Mamba's published files: sizes found from tensors, places that tensors do not tell, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from statewise.models.vision.vision_mamba import VisionMamba, VisionMambaConfig
+from statewise.weights import vision_mamba
+
+SMALL: dict[str, Any] = {
+    "num_classes": 5,
+    "image_size": (12, 20),
+    "patch_size": 4,
+    "width": 16,
+    "num_layers": 2,
+    "state_size": 3,
+}
+
+
+def stored(**fields: Any) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return VisionMamba(VisionMambaConfig(**{**SMALL, **fields})).state_dict()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_classes": 0, "in_channels": 1},
+        {"patch_size": (4, 2), "stride": (2, 1)},
+        {"stride": 2},
+        {"layer_scale": 1.0, "rms_norm": False, "bias": True, "conv_bias": False},
+        {"conv_width": 3, "expand": 1, "dt_rank": 2, "state_size": 5, "num_layers": 1},
+    ],
+)
+def test_sizes_come_from_tensors(fields: dict[str, Any]) -> None:
+    tensors = stored(**fields)
+    assert vision_mamba.detect(set(tensors))
+    found, renamed = vision_mamba.to_ours({"image_size": (12, 20)}, tensors)
+    assert VisionMambaConfig(**found) == VisionMambaConfig(**{**SMALL, **fields})
+    assert renamed == tensors
+
+
+@pytest.mark.parametrize(
+    ("fields", "given"),
+    [
+        ({"image_size": 224, "patch_size": 16}, {}),
+        ({"image_size": 224, "patch_size": 16, "stride": 8}, {}),
+        # The size that is asked for is not the one that the embedding is made for.
+        ({"image_size": 224, "patch_size": 16}, {"image_size": 384}),
+        ({"image_size": 224, "patch_size": 16, "stride": 8}, {"image_size": 432}),
+        ({"image_size": 432, "patch_size": 16}, {"image_size": 432, "stride": 16}),
+        ({"image_size": 32, "patch_size": 4}, {"stride": 4}),
+        ({"image_size": 32, "patch_size": 4, "stride": 2}, {"stride": 2, "image_size": 64}),
+        ({"image_size": 32, "patch_size": 4, "stride": 3}, {"stride": 3, "image_size": [31, 31]}),
+    ],
+)
+def test_places(fields: dict[str, Any], given: dict[str, Any]) -> None:
+    found, _ = vision_mamba.to_ours(given, stored(**fields))
+    config, want = VisionMambaConfig(**found), VisionMambaConfig(**{**SMALL, **fields})
+    assert (config.grid, config.strides) == (want.grid, want.strides)
+    assert dataclasses.replace(config, image_size=want.image_size, stride=want.stride) == want
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone."])
+def test_prefixes(prefix: str) -> None:
+    tensors = stored()
+    worn = {prefix + name: tensor for name, tensor in tensors.items()}
+    assert vision_mamba.detect(set(worn))
+    _, renamed = vision_mamba.to_ours({"image_size": (12, 20)}, worn)
+    assert renamed == tensors
+
+
+def test_a_name_twice_is_refused() -> None:
+    tensors = stored()
+    tensors["module.cls_token"] = tensors["cls_token"]
+    with pytest.raises(ValueError, match="same name behind their prefixes"):
+        vision_mamba.to_ours({}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("given", "change", "message"),
+    [
+        ({}, {}, "places for 15 patches of 4×4: their stride cannot be told"),
+        ({"image_size": 99}, {}, "their stride cannot be told"),
+        ({"stride": 4}, {}, "their stride cannot be told"),
+        ({"image_size": "big"}, {}, "a size in pixels is 'big'"),
+        ({}, {"cls_token": None}, "tensor cls_token is missing: a Vision Mamba is read with one class token"),
+        ({}, {"layers.0.mixer.conv1d_b.weight": None}, "bimamba_type v2"),
+        ({}, {"layers.0.mixer.dt_proj.weight": None}, "tensor layers.0.mixer.dt_proj.weight is missing"),
+        ({}, {"pos_embed": torch.zeros(16, 16)}, "tensor pos_embed has shape (16, 16)"),
+        ({}, {"pos_embed": torch.zeros(1, 1, 16)}, "expected the class token's and at least one patch's"),
+        ({}, {"patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}, "expected 4 dimensions, none empty"),
+        ({}, {"layers.0.mixer.A_log": torch.zeros(33, 3)}, "33 channels, which is no multiple of the width 16"),
+        ({}, {"layers.3.norm.weight": torch.zeros(16)}, "layers are numbered [0, 1, 3]"),
+    ],
+)
+def test_refused(given: dict[str, Any], change: dict[str, Tensor | None], message: str) -> None:
+    tensors = {name: tensor for name, tensor in (stored() | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vision_mamba.to_ours(given, tensors)
+
+
+def test_other_models_are_not_taken_for_one() -> None:
+    for name in ("backbone.embedding.weight", "backbone.patch_embed.projection.weight", "blocks.0.att.key.weight"):
+        assert not vision_mamba.detect({name, "backbone.layers.0.mixer.x_proj.weight"})
