@@ -122,3 +122,33 @@ def test_a_quantised_model_computes(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(state["blocks.1.ffn.key.weight"].numpy(), meant["blk.1.channel_mix_key.weight"])
     assert np.array_equal(state["head.weight"].numpy(), meant["output.weight"])
     assert torch.equal(state["blocks.1.att.w2"], model.state_dict()["blocks.1.att.w2"])
+
+
+def published(name: str, ours: str) -> str:
+    """What the directory that is converted calls a tensor of ours (after the converter's own renaming)."""
+    if name.startswith("mamba"):
+        return ours.replace(".dt_bias", ".dt_proj.bias")
+    part = ours.replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")
+    if name == "rwkv7":
+        part = part.replace("emb.", "model.embeddings.") if part.startswith("emb.") else part
+        part = part.replace("ln_out.", "model.ln_out.").replace("blocks.0.ln0.", "model.pre_ln.")
+        return part.replace("blocks.", "model.layers.")
+    part = part.replace("emb.", "rwkv.embeddings.") if part.startswith("emb.") else part
+    return part.replace("ln_out.", "rwkv.ln_out.").replace("blocks.", "rwkv.blocks.").replace(".ln0.", ".pre_ln.")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_are_those_of_its_own_map(tmp_path: Path, name: str) -> None:
+    model = statewise.create(name, vocab_size=16, num_layers=2, width=32, **MODELS[name])
+    statewise.save(model, tmp_path / "model.gguf", "gguf")
+    written = set(read_gguf(tmp_path / "model.gguf")[1])
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    names = gguf.get_tensor_name_map(arch, 2)
+    for ours in model.state_dict():
+        if ".att.x_" in ours or (".time_maa_" in ours and ours[-1] in "wkvrg" and ".att." in ours):
+            continue  # fused: has no name of its own there
+        theirs = names.get_name(published(name, ours), try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, ours
+        if not theirs.endswith((".weight", ".bias", "ssm_a", "ssm_d")):
+            theirs += ".weight"
+        assert theirs in written or (theirs == "output.weight" and name.startswith("mamba")), ours  # tied: left out
