@@ -42,7 +42,7 @@ def stored(**fields: Any) -> dict[str, Tensor]:
 def test_sizes_come_from_tensors(fields: dict[str, Any]) -> None:
     tensors = stored(**fields)
     assert vision_mamba.detect(set(tensors))
-    found, renamed = vision_mamba.to_ours({"image_size": (12, 20)}, tensors)
+    found, renamed = vision_mamba.to_ours(tensors, {"image_size": (12, 20)})
     assert VisionMambaConfig(**found) == VisionMambaConfig(**{**SMALL, **fields})
     assert renamed == tensors
 
@@ -62,7 +62,7 @@ def test_sizes_come_from_tensors(fields: dict[str, Any]) -> None:
     ],
 )
 def test_places(fields: dict[str, Any], given: dict[str, Any]) -> None:
-    found, _ = vision_mamba.to_ours(given, stored(**fields))
+    found, _ = vision_mamba.to_ours(stored(**fields), given)
     config, want = VisionMambaConfig(**found), VisionMambaConfig(**{**SMALL, **fields})
     assert (config.grid, config.strides) == (want.grid, want.strides)
     assert dataclasses.replace(config, image_size=want.image_size, stride=want.stride) == want
@@ -73,7 +73,7 @@ def test_prefixes(prefix: str) -> None:
     tensors = stored()
     worn = {prefix + name: tensor for name, tensor in tensors.items()}
     assert vision_mamba.detect(set(worn))
-    _, renamed = vision_mamba.to_ours({"image_size": (12, 20)}, worn)
+    _, renamed = vision_mamba.to_ours(worn, {"image_size": (12, 20)})
     assert renamed == tensors
 
 
@@ -81,7 +81,7 @@ def test_a_name_twice_is_refused() -> None:
     tensors = stored()
     tensors["module.cls_token"] = tensors["cls_token"]
     with pytest.raises(ValueError, match="same name behind their prefixes"):
-        vision_mamba.to_ours({}, tensors)
+        vision_mamba.to_ours(tensors, {})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_name_twice_is_refused() -> None:
 def test_refused(given: dict[str, Any], change: dict[str, Tensor | None], message: str) -> None:
     tensors = {name: tensor for name, tensor in (stored() | change).items() if tensor is not None}
     with pytest.raises(ValueError, match=re.escape(message)):
-        vision_mamba.to_ours(given, tensors)
+        vision_mamba.to_ours(tensors, given)
 
 
 def test_other_models_are_not_taken_for_one() -> None:

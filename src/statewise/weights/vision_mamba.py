@@ -26,14 +26,14 @@ def detect(names: set[str]) -> bool:
     return "patch_embed.proj.weight" in ours and _MIXER + "x_proj.weight" in ours
 
 
-def to_ours(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_ours(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields of our configuration and tensors by our names, as the file has them: nothing is resized or left out.
 
     Args:
-        given: fields that the caller knows. ``stride``, or an ``image_size`` that fits the position embedding, decide
-            what tensors do not.
         tensors: by the layout's names, with the prefixes ``module.`` and ``backbone.`` or without. Unknown names pass
             through, for the reader to refuse by name.
+        given: fields that the caller knows. ``stride``, or an ``image_size`` that fits the position embedding, decide
+            what tensors do not.
 
     Returns:
         fields that the tensors decide, ``image_size`` and ``stride`` of the position embedding among them, and tensors.
