@@ -63,7 +63,8 @@ class StatewiseLM(TemplateLM):
     """A model of this package, as the harness asks for one.
 
     Args:
-        pretrained: what :func:`statewise.load` opens, or a model (whose mode, train or eval, is left as it is).
+        pretrained: what :func:`statewise.load` opens, or a model: its mode, train or eval, is left as it is, and
+            ``dtype`` and ``device`` change it in place.
         tokenizer: what :func:`statewise.text.load_tokenizer` takes, or an object of that kind.
         dtype: of the weights, as torch names it (``"bfloat16"``); ``None`` means float32, or what a given model has.
         device: ``None`` means the CPU, or where a given model is. The harness's command asks for ``cuda:0`` where
