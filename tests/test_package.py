@@ -48,7 +48,7 @@ def test_the_contracts_names() -> None:
     assert callable(text.load_tokenizer)
     assert callable(state.stack)
     assert callable(state.load_state)
-    assert statewise.list_models() == ["mamba", "mamba2", "mamba3", "rwkv4", "rwkv5", "rwkv6", "rwkv7"]
+    assert statewise.list_models("language") == ["mamba", "mamba2", "mamba3", "rwkv4", "rwkv5", "rwkv6", "rwkv7"]
 
 
 def test_backends_say_what_serves_and_why_not() -> None:

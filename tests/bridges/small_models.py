@@ -8,7 +8,7 @@ import torch
 
 import statewise
 
-FAMILIES = tuple(statewise.list_models())
+FAMILIES = tuple(statewise.list_models("language"))
 VOCAB = 32
 
 

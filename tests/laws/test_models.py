@@ -36,7 +36,7 @@ LIMIT = 1e-9
 
 
 def test_every_model_is_held_to_the_laws() -> None:
-    assert set(SMALL) == set(statewise.list_models())
+    assert set(SMALL) == set(statewise.list_models("language"))
 
 
 @pytest.fixture(name="model")

@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from statewise.models.vision.official_kernel import official_kernel
-from statewise.models.vision.vision_rwkv import Shift, VisionRWKV, VisionRWKVConfig
-from statewise.ops import bi_wkv
+from statewise.models.vision.vision_rwkv import VisionRWKV, VisionRWKVConfig
 
 GOLDEN = ("prenorm", "postnorm_ls", "keynorm", "oddch", "pad")
 #: Official option → ours.

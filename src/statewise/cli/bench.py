@@ -273,13 +273,15 @@ def _contest(options: Options, length: int, device: torch.device) -> _Contest:
     from statewise.testing.peers import ours
 
     name, batch, width = options.target, options.batch_size, options.width
-    if name in list_models():
+    if name in list_models("language"):
         model = create(name, vocab_size=256, num_layers=options.num_layers, width=width)
         model = model.to(device=device, dtype=DTYPES[options.dtype])
         tokens = torch.randint(256, (batch, length), device=device)
         return _Contest({}, {f"statewise {name}": lambda _: model(tokens)[0]}, 0.0)
     if name not in _OUTPUT_LIKE:
-        raise ValueError(f"nothing called {name!r} to time; known: {', '.join([*_OUTPUT_LIKE, *list_models()])}")
+        raise ValueError(
+            f"nothing called {name!r} to time; known: {', '.join([*_OUTPUT_LIKE, *list_models('language')])}"
+        )
     inputs, flops = _INPUTS[name](torch.Generator().manual_seed(0), batch, length, width)
     inputs = {
         key: leaf.to(device=device, dtype=DTYPES[options.dtype]).requires_grad_(options.backward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -84,7 +84,9 @@ def open_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         ValueError, WeightsError, SnapshotError, FileNotFoundError: as :func:`locate` and ``statewise.load``.
     """
     place = locate(path)
-    model = load(place, dtype=dtype).to(device).eval()
+    model: Any = load(place, dtype=dtype).to(device).eval()
+    if not hasattr(model.config, "vocab_size"):
+        raise ValueError(f"{place} holds a model of images; what is asked for needs one of text")
     written = place.parent.parent / "config.toml"
     of_run = place.parent.name == "snapshots" and written.is_file()
     return Opened(model, TrainConfig.from_toml(written) if of_run else None, place)

@@ -43,13 +43,14 @@ def main(arguments: Sequence[str]) -> int:
     from statewise.weights.hub import is_address
 
     device, dtype = find_device(options.device), DTYPES[options.dtype]
-    if options.model in list_models():
+    if options.model in list_models("language"):
         torch.manual_seed(options.seed)
         model = create(options.model, **_FRESH).to(device=device, dtype=dtype)
         stir(model, seed=options.seed)
     elif not (is_address(options.model) or Path(options.model).exists()):
         raise ValueError(
-            f"{options.model!r} is neither a checkpoint nor the name of a model; names are {', '.join(list_models())}"
+            f"{options.model!r} is neither a checkpoint nor the name of a model; "
+            f"names are {', '.join(list_models('language'))}"
         )
     else:
         model = open_model(options.model, device=device, dtype=dtype).model

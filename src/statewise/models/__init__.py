@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 
 from statewise.errors import WeightsError
+from statewise.models.vision import PRESETS
 from statewise.weights import Checkpoint, read, write
 from statewise.weights.hub import local_path
 from statewise.weights.progress import Progress, reading
@@ -22,8 +23,23 @@ if TYPE_CHECKING:
     from statewise.models.rwkv5 import RWKV5
     from statewise.models.rwkv6 import RWKV6
     from statewise.models.rwkv7 import RWKV7
+    from statewise.models.vision.vision_rwkv import VisionRWKV
+    from statewise.models.vision.vision_rwkv6 import VisionRWKV6
 
     LanguageModel: TypeAlias = RWKV4 | RWKV5 | RWKV6 | RWKV7 | Mamba | Mamba2 | Mamba3
+    VisionModel: TypeAlias = VisionRWKV | VisionRWKV6
+    Model: TypeAlias = LanguageModel | VisionModel
+    VisionName: TypeAlias = Literal[
+        "vrwkv",
+        "vrwkv_tiny",
+        "vrwkv_small",
+        "vrwkv_base",
+        "vrwkv_large",
+        "vrwkv6",
+        "vrwkv6_tiny",
+        "vrwkv6_small",
+        "vrwkv6_base",
+    ]
 
 __all__ = ["create", "list_models", "load", "save"]
 
@@ -43,39 +59,63 @@ _MODELS = {
     "rwkv6": _Home("rwkv6", "RWKV6Config", "RWKV6"),
     "rwkv7": _Home("rwkv7", "RWKV7Config", "RWKV7"),
 }
+# Of images; those that are listed are sizes of these.
+_VISION = {
+    "vrwkv": _Home("vision.vision_rwkv", "VisionRWKVConfig", "VisionRWKV"),
+    "vrwkv6": _Home("vision.vision_rwkv6", "VisionRWKV6Config", "VisionRWKV6"),
+}
 
 
-def list_models() -> list[str]:
-    """The names :func:`create` knows."""
-    return sorted(_MODELS)
+def list_models(task: Literal["language", "vision"] | None = None) -> list[str]:
+    """The names :func:`create` knows: architectures of language models, and released sizes of models of images.
+
+    Args:
+        task: the language models alone, or the models of images; ``None`` means all.
+
+    Raises:
+        ValueError: another task.
+    """
+    if task not in (None, "language", "vision"):
+        raise ValueError(f"task is {task!r}; accepted are 'language', 'vision' and None")
+    return sorted([*(_MODELS if task != "vision" else ()), *(PRESETS if task != "language" else ())])
 
 
-def create(name: str, **fields: Any) -> LanguageModel:
+@overload
+def create(name: VisionName, **fields: Any) -> VisionModel: ...
+@overload
+def create(name: str, **fields: Any) -> LanguageModel: ...
+def create(name: str, **fields: Any) -> Model:
     """A model with its authors' initialisation, seeded by torch's global generator.
 
     Args:
-        name: one of :func:`list_models`.
-        **fields: fields of its configuration, e.g. ``vocab_size=256, num_layers=4, width=256``.
+        name: one of :func:`list_models`, or ``"vrwkv"`` or ``"vrwkv6"``, whose sizes are then all given. (Type checkers
+            take a name that is no literal for a language model's.)
+        **fields: fields of its configuration, e.g. ``vocab_size=256, num_layers=4, width=256``; those of a released
+            size that are given take the place of its own, e.g. ``create("vrwkv_tiny", num_classes=10)``.
 
     Raises:
         ValueError: an unknown name, or a field that is unknown, missing or out of range.
     """
-    if name not in _MODELS:
+    asked = name
+    if name in PRESETS:
+        name, sizes = PRESETS[name]
+        fields = sizes | fields
+    home = _MODELS.get(name) or _VISION.get(name)
+    if home is None:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}")
-    home = _MODELS[name]
     module = importlib.import_module(f"statewise.models.{home.module}")
     kind = getattr(module, home.config)
     known = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(fields) - set(known)):
-        raise ValueError(f"{name} has no field {unknown[0]!r}; its fields: {', '.join(known)}")
+        raise ValueError(f"{asked} has no field {unknown[0]!r}; its fields: {', '.join(known)}")
     required = [
         field.name
         for field in known.values()
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if absent := [field for field in required if field not in fields]:
-        raise ValueError(f"{name} needs {', '.join(absent)}")
-    model: LanguageModel = getattr(module, home.model)(kind(**fields))
+        raise ValueError(f"{asked} needs {', '.join(absent)}")
+    model: Model = getattr(module, home.model)(kind(**fields))
     return model
 
 
@@ -85,7 +125,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     progress: bool | Progress | None = None,
     **fields: Any,
-) -> LanguageModel:
+) -> Model:
     """Open a published checkpoint or one of our own; architecture and sizes are found from the contents.
 
     Args:
@@ -97,7 +137,9 @@ def load(
         progress: ``True`` shows on standard error how much has been read, ``False`` shows nothing, and ``None`` shows
             it for more than 1 GiB on a terminal. A callable is called as ``progress(done, total)``, in bytes of the
             checkpoint's files, from 0 to all of them. (A download shows the client's own bars.)
-        **fields: configuration fields that tensors cannot tell; they win over the file's own configuration text.
+        **fields: configuration fields that tensors cannot tell; they win over the file's own configuration text. Of a
+            model of images, another ``image_size`` than the file's resizes the position embedding, another
+            ``num_classes`` puts a fresh classifier in the place of the file's (0: none).
 
     Raises:
         WeightsError: unreadable, unknown, or a missing, extra or mis-shaped tensor, which is named; a repository that
@@ -114,7 +156,7 @@ def load(
     try:
         # Every value is about to be replaced: the meta device spares the random initialisation and its memory.
         with torch.device("meta"):
-            model = create(found.architecture, **found.fields)
+            model: Model = create(found.architecture, **found.fields)
     except ValueError as error:
         raise WeightsError(f"{name}: {error}") from error
     expected = model.state_dict()
@@ -137,10 +179,20 @@ def load(
     model.load_state_dict(tensors, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    if found.architecture in _VISION:
+        _fit(model, fields)
     return model
 
 
-def save(model: LanguageModel, path: str | os.PathLike[str], format: str = "statewise") -> None:
+def _fit(model: Any, given: dict[str, Any]) -> None:
+    """Make a model of images, as its file has it, one for the size of image and the classes that were given."""
+    if "image_size" in given:
+        model.set_input_size(given["image_size"])
+    if given.get("num_classes", model.num_classes) != model.num_classes:
+        model.reset_classifier(given["num_classes"])
+
+
+def save(model: Model, path: str | os.PathLike[str], format: str = "statewise") -> None:
     """Write a model; see :func:`statewise.weights.write` for the formats. Dtypes are kept.
 
     Raises:
@@ -149,10 +201,10 @@ def save(model: LanguageModel, path: str | os.PathLike[str], format: str = "stat
     write(path, checkpoint_of(model), format)
 
 
-def checkpoint_of(model: LanguageModel) -> Checkpoint:
+def checkpoint_of(model: Model) -> Checkpoint:
     """A model as names, fields and tensors (which share the model's memory)."""
     config = model.config
-    for name, home in _MODELS.items():
+    for name, home in (_MODELS | _VISION).items():
         if type(config).__name__ == home.config:
             return Checkpoint(name, dataclasses.asdict(config), dict(model.state_dict()), "statewise")
     raise ValueError(f"model of type {type(model).__name__} is none of {', '.join(list_models())}")

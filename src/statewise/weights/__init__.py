@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
-from statewise.weights import files, fla, gguf, gguf_models, mamba, mamba2, mamba3, rwkv, rwkv_hf
+from statewise.weights import files, fla, gguf, gguf_models, mamba, mamba2, mamba3, rwkv, rwkv_hf, vision
 
 __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 
@@ -27,6 +27,7 @@ FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py", "gguf")
 _MAMBAS = {"mamba": mamba, "mamba2": mamba2, "mamba3": mamba3}
 _PICKLED = {"mamba-ssm": "pytorch_model.bin", "mamba.py": "model.pt"}  # the others' directories hold safetensors
 _MAMBA_LAYOUT = {"mamba-ssm": "state-spaces", "hf": "transformers", "mamba.py": "mamba.py"}
+_OF_IMAGES = tuple(vision.FAMILIES)
 
 
 class Checkpoint(NamedTuple):
@@ -49,7 +50,9 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
     Args:
         path: a ``.pth``/``.pt``/``.bin``, ``.safetensors`` or ``.gguf`` file, or a directory holding one of the former,
             or several and their index, beside ``config.json``.
-        **fields: what the file cannot tell; these win over what configuration text in the file says.
+        **fields: what the file cannot tell; these win over what configuration text in the file says. Of a model of
+            images, ``image_size`` and ``num_classes`` are returned as the file's own: :func:`statewise.load` makes
+            another size or classifier of them.
 
     Raises:
         WeightsError: unreadable, of no known architecture, or contradicting itself; names the file and the tensor.
@@ -71,9 +74,11 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
             raise WeightsError(f"{part}: tensor {twice[0]} is in another file of this checkpoint, too")
         tensors |= found_here
     try:
-        found = _recognise(config, tensors)
+        found = _recognise(config, tensors, sources, fields)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from error
+    if found.architecture in _OF_IMAGES:
+        fields = {name: value for name, value in fields.items() if name not in ("image_size", "num_classes")}
     return found._replace(fields={**found.fields, **fields})
 
 
@@ -86,7 +91,9 @@ def _read_gguf(source: Path, given: dict[str, Any]) -> Checkpoint:
     return Checkpoint(architecture, fields | given, renamed, "gguf")
 
 
-def _recognise(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Checkpoint:
+def _recognise(
+    config: dict[str, Any] | None, tensors: dict[str, Tensor], sources: list[Path], given: dict[str, Any]
+) -> Checkpoint:
     if config is not None and "architecture" in config:  # our own directory
         architecture, own = config["architecture"], config.get("config")
         if not isinstance(architecture, str) or not isinstance(own, dict):
@@ -97,6 +104,10 @@ def _recognise(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Che
         if (layout := family.detect(config, names)) is not None:
             fields, renamed = family.to_ours(layout, config or {}, tensors)
             return Checkpoint(name, fields, renamed, layout)
+    if (seen := vision.detect(names)) is not None:
+        options = vision.options_of(config, files.read_config_text(sources[0]))
+        fields, renamed = vision.to_ours(seen, options, tensors, given)
+        return Checkpoint(seen, fields, renamed, "vision-rwkv")
     if fla.detect(names):
         fields, renamed = fla.to_ours(config or {}, tensors)
         return Checkpoint("rwkv7", fields, renamed, "fla")

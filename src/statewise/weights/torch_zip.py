@@ -21,7 +21,7 @@ import torch
 from statewise.errors import WeightsError
 from statewise.weights.claims import Claim
 
-__all__ = ["read_zip"]
+__all__ = ["read_config_text", "read_zip"]
 
 _MOST_ENTRIES = 100_000
 _LARGEST_PICKLE = 1 << 20  # bytes: some 7,000 tensors
@@ -109,7 +109,8 @@ def _evaluate(content: bytes) -> Any:
     memo: dict[Any, Any] = {}
 
     def fill(target: Any, items: list[Any]) -> None:
-        if not isinstance(target, dict) or not all(isinstance(key, str) for key in items[::2]):
+        # numbers: what optimisers keep beside the weights; a tensor's name is checked where it is read
+        if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in items[::2]):
             raise _Refused("a dictionary whose keys are no names")
         target.update(zip(items[::2], items[1::2], strict=True))
 
@@ -181,20 +182,7 @@ def read_zip(path: Path) -> list[Claim]:
     Raises:
         WeightsError: not such a file, or one that holds anything but tensors.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry.filename: entry for entry in _entries(path, archive)}
-            mains = [name for name in entries if name.endswith("/data.pkl")]
-            if len(mains) != 1:
-                raise WeightsError(f"{path}: a zip with {len(mains)} files data.pkl; torch.save writes one")
-            main = mains[0]
-            prefix = main[: -len("data.pkl")]
-            content = archive.read(main)
-            order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"
-    except WeightsError:
-        raise
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise WeightsError(f"{path}: not a readable zip of torch.save: {error}") from error
+    entries, prefix, content, order = _open(path)
     if order != b"little":
         raise WeightsError(f"{path}: written on a big-endian machine; little-endian files are accepted")
     with open(path, "rb") as handle:
@@ -226,6 +214,37 @@ def read_zip(path: Path) -> list[Claim]:
     return claims
 
 
+def read_config_text(path: Path) -> str | None:
+    """The text of the configuration that OpenMMLab's trainers put beside weights; ``None`` if there is none.
+
+    Raises:
+        WeightsError: as :func:`read_zip`.
+    """
+    loaded = _load(path, _open(path)[2])
+    meta = loaded.get("meta") if isinstance(loaded, Mapping) else None
+    text = meta.get("config") if isinstance(meta, Mapping) else None
+    return text if isinstance(text, str) else None
+
+
+def _open(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str, bytes, bytes]:
+    """A file's entries, the folder they are in, its pickle, and how it says that bytes are ordered."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: entry for entry in _entries(path, archive)}
+            mains = [name for name in entries if name.endswith("/data.pkl")]
+            if len(mains) != 1:
+                raise WeightsError(f"{path}: a zip with {len(mains)} files data.pkl; torch.save writes one")
+            main = mains[0]
+            prefix = main[: -len("data.pkl")]
+            content = archive.read(main)
+            order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"
+    except WeightsError:
+        raise
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise WeightsError(f"{path}: not a readable zip of torch.save: {error}") from error
+    return entries, prefix, content, order
+
+
 def _entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     entries = archive.infolist()
     if len(entries) > _MOST_ENTRIES:
@@ -250,14 +269,18 @@ def _start(path: Path, handle: io.BufferedReader, entry: zipfile.ZipInfo) -> int
     return int(entry.header_offset + _LOCAL_HEADER.size + name + extra)
 
 
-def _tensors(path: Path, content: bytes) -> dict[str, _Described]:
+def _load(path: Path, content: bytes) -> Any:
     try:
-        loaded = _evaluate(content)
+        return _evaluate(content)
     except _Refused as error:
         raise WeightsError(f"{path}: the pickle holds {error}") from error
     except Exception as error:  # a damaged pickle raises whatever its damage leads to
         raise WeightsError(f"{path}: the pickle is damaged: {error}") from error
-    for wrapper in ("model", "state_dict"):
+
+
+def _tensors(path: Path, content: bytes) -> dict[str, _Described]:
+    loaded = _load(path, content)
+    for wrapper in ("model", "state_dict", "model_ema"):  # the averaged weights where there are no others
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
