@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import statewise
 from statewise.models.mamba import MambaMixer
 from statewise.models.vision.vision_mamba import VisionMamba, VisionMambaConfig
 
@@ -83,11 +84,14 @@ def test_published_numbers(
 
 
 @pytest.mark.parametrize(
-    ("width", "count"), [(192, 7_148_008), (384, 25_796_584), (768, 97_598_440)], ids=["tiny", "small", "base"]
+    ("name", "count"), [("vim_tiny", 7_148_008), ("vim_small", 25_796_584), ("vim_base", 97_598_440)]
 )
-def test_published_sizes(golden: tuple[dict[str, Any], dict[str, Tensor]], width: int, count: int) -> None:
+def test_published_sizes(
+    golden: tuple[dict[str, Any], dict[str, Tensor]], name: Literal["vim_tiny", "vim_small", "vim_base"], count: int
+) -> None:
     with torch.device("meta"):
-        model = VisionMamba(VisionMambaConfig(width=width))
+        model = statewise.create(name)
+    assert isinstance(model, VisionMamba)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     layers = {re.sub(r"^layers\.\d+\.", "layers.0.", name) for name in golden[0]["shapes"]}
     assert {re.sub(r"^layers\.\d+\.", "layers.0.", name) for name in model.state_dict()} == layers
@@ -95,7 +99,7 @@ def test_published_sizes(golden: tuple[dict[str, Any], dict[str, Tensor]], width
 
 def test_long_sequences_have_overlapping_patches() -> None:
     with torch.device("meta"):
-        model = VisionMamba(VisionMambaConfig(stride=8))
+        model = VisionMamba(VisionMambaConfig(width=192, num_layers=24, stride=8))
     assert model.config.grid == (27, 27)
     assert model.pos_embed.shape == (1, 730, 192)
     assert model.feature_info[3] == {"module": "layers.3", "num_chs": 192, "reduction": 8}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import statewise
+from statewise import WeightsError
 from statewise.models.vision.vision_mamba import VisionMamba, VisionMambaConfig
 from statewise.weights import vision_mamba
 
@@ -110,3 +114,85 @@ def test_refused(given: dict[str, Any], change: dict[str, Tensor | None], messag
 def test_other_models_are_not_taken_for_one() -> None:
     for name in ("backbone.embedding.weight", "backbone.patch_embed.projection.weight", "blocks.0.att.key.weight"):
         assert not vision_mamba.detect({name, "backbone.layers.0.mixer.x_proj.weight"})
+
+
+def made(**fields: Any) -> Any:
+    """A model with its weights moved off their start."""
+    model = statewise.create("vim", **{**SMALL, **fields}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def training_state(model: Any) -> dict[str, Any]:
+    """What the official trainer saves."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 3, 12, 20)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"base_values": [1e-3], "t_in_epochs": True},
+        "epoch": 299,
+        "model_ema": {name: tensor * 0 for name, tensor in model.state_dict().items()},
+        "scaler": {"scale": 65536.0, "_growth_tracker": 5},
+        "args": argparse.Namespace(model="vim_tiny_patch16_224", lr=1e-3, output_dir="", distributed=False, gpu=None),
+    }
+
+
+@torch.no_grad()
+def test_a_trainers_file_loads(tmp_path: Path) -> None:
+    model = made()
+    with torch.enable_grad():
+        torch.save(training_state(model), tmp_path / "checkpoint.pth")
+    found: Any = statewise.load(tmp_path / "checkpoint.pth", image_size=(12, 20))
+    assert isinstance(found, VisionMamba)
+    assert found.config == model.config
+    images = torch.randn(2, 3, 12, 20)
+    assert torch.equal(found(images), model(images))
+
+
+@torch.no_grad()
+def test_published_files_need_no_telling(tmp_path: Path) -> None:
+    model = made(image_size=224, patch_size=16, stride=8, num_layers=1)
+    torch.save({"model": model.state_dict()}, tmp_path / "vim.pth")
+    found: Any = statewise.load(tmp_path / "vim.pth")
+    assert found.config == model.config
+    larger: Any = statewise.load(tmp_path / "vim.pth", image_size=(64, 96), num_classes=0)
+    assert larger.config.grid == (7, 11)
+    assert larger.config.strides == (8, 8)
+    images = torch.randn(1, 3, 64, 96)
+    want = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.allclose(larger(images), want, atol=1e-5)
+    other: Any = statewise.load(tmp_path / "vim.pth", num_classes=2)
+    assert other(images).shape == (1, 2)
+
+
+@torch.no_grad()
+def test_there_and_back(tmp_path: Path) -> None:
+    model = made(stride=(2, 4), global_pool="avg", divide_out=False, layer_scale=0.1)
+    statewise.save(model, tmp_path / "ours")
+    found: Any = statewise.load(tmp_path / "ours")
+    assert found.config == model.config
+    images = torch.randn(2, 3, 12, 20)
+    assert torch.equal(found(images), model(images))
+    assert statewise.load(tmp_path / "ours", dtype=torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="cannot hold a vim model"):
+        statewise.save(model, tmp_path / "other", format="mamba-ssm")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.norm.weight": None}, "tensor layers.1.norm.weight is missing"),
+        ({"rope.freqs_cos": torch.zeros(3)}, "unknown tensor rope.freqs_cos"),
+        ({"layers.1.mixer.D_b": torch.zeros(7)}, r"layers.1.mixer.D_b has shape \(7,\)"),
+        ({"cls_token": None}, "cls_token is missing"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
+    tensors = {name: tensor for name, tensor in (made().state_dict() | change).items() if tensor is not None}
+    torch.save({"model": tensors}, tmp_path / "vim.pth")
+    with pytest.raises(WeightsError, match=message):
+        statewise.load(tmp_path / "vim.pth", image_size=(12, 20))

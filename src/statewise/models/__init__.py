@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from statewise.models.rwkv5 import RWKV5
     from statewise.models.rwkv6 import RWKV6
     from statewise.models.rwkv7 import RWKV7
+    from statewise.models.vision.vision_mamba import VisionMamba
     from statewise.models.vision.vision_rwkv import VisionRWKV
     from statewise.models.vision.vision_rwkv6 import VisionRWKV6
 
     LanguageModel: TypeAlias = RWKV4 | RWKV5 | RWKV6 | RWKV7 | Mamba | Mamba2 | Mamba3
-    VisionModel: TypeAlias = VisionRWKV | VisionRWKV6
+    VisionModel: TypeAlias = VisionRWKV | VisionRWKV6 | VisionMamba
     Model: TypeAlias = LanguageModel | VisionModel
     VisionName: TypeAlias = Literal[
         "vrwkv",
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
         "vrwkv6_tiny",
         "vrwkv6_small",
         "vrwkv6_base",
+        "vim",
+        "vim_tiny",
+        "vim_small",
+        "vim_base",
     ]
 
 __all__ = ["create", "list_models", "load", "save"]
@@ -63,6 +68,7 @@ _MODELS = {
 _VISION = {
     "vrwkv": _Home("vision.vision_rwkv", "VisionRWKVConfig", "VisionRWKV"),
     "vrwkv6": _Home("vision.vision_rwkv6", "VisionRWKV6Config", "VisionRWKV6"),
+    "vim": _Home("vision.vision_mamba", "VisionMambaConfig", "VisionMamba"),
 }
 
 
@@ -88,8 +94,8 @@ def create(name: str, **fields: Any) -> Model:
     """A model with its authors' initialisation, seeded by torch's global generator.
 
     Args:
-        name: one of :func:`list_models`, or ``"vrwkv"`` or ``"vrwkv6"``, whose sizes are then all given. (Type checkers
-            take a name that is no literal for a language model's.)
+        name: one of :func:`list_models`, or ``"vrwkv"``, ``"vrwkv6"`` or ``"vim"``, whose sizes are then all given.
+            (Type checkers take a name that is no literal for a language model's.)
         **fields: fields of its configuration, e.g. ``vocab_size=256, num_layers=4, width=256``; those of a released
             size that are given take the place of its own, e.g. ``create("vrwkv_tiny", num_classes=10)``.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
-from statewise.weights import files, fla, gguf, gguf_models, mamba, mamba2, mamba3, rwkv, rwkv_hf, vision
+from statewise.weights import files, fla, gguf, gguf_models, mamba, mamba2, mamba3, rwkv, rwkv_hf, vision, vision_mamba
 
 __all__ = ["FORMATS", "Checkpoint", "read", "write"]
 
@@ -27,7 +27,7 @@ FORMATS = ("statewise", "rwkv", "fla", "mamba-ssm", "hf", "mamba.py", "gguf")
 _MAMBAS = {"mamba": mamba, "mamba2": mamba2, "mamba3": mamba3}
 _PICKLED = {"mamba-ssm": "pytorch_model.bin", "mamba.py": "model.pt"}  # the others' directories hold safetensors
 _MAMBA_LAYOUT = {"mamba-ssm": "state-spaces", "hf": "transformers", "mamba.py": "mamba.py"}
-_OF_IMAGES = tuple(vision.FAMILIES)
+_OF_IMAGES = (*vision.FAMILIES, "vim")
 
 
 class Checkpoint(NamedTuple):
@@ -108,6 +108,9 @@ def _recognise(
         options = vision.options_of(config, files.read_config_text(sources[0]))
         fields, renamed = vision.to_ours(seen, options, tensors, given)
         return Checkpoint(seen, fields, renamed, "vision-rwkv")
+    if vision_mamba.detect(names):
+        fields, renamed = vision_mamba.to_ours(tensors, given)
+        return Checkpoint("vim", fields, renamed, "vision-mamba")
     if fla.detect(names):
         fields, renamed = fla.to_ours(config or {}, tensors)
         return Checkpoint("rwkv7", fields, renamed, "fla")

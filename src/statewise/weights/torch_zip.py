@@ -87,6 +87,7 @@ def _rebuild_parameter(*arguments: Any) -> _Described:
 
 _KNOWN: dict[str, Any] = {
     "collections OrderedDict": lambda: {},
+    "argparse Namespace": lambda: {},  # the options of a training script, beside the weights; left empty
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils _rebuild_parameter": _rebuild_parameter,
     **{f"torch {name}": dtype for name, dtype in _STORAGES.items()},
@@ -148,7 +149,7 @@ def _evaluate(content: bytes) -> Any:
                 stack.append(_KNOWN[argument])
             case "BINPERSID":
                 stack[-1] = _record(stack[-1])
-            case "REDUCE":
+            case "REDUCE" | "NEWOBJ":
                 given, function = stack.pop(), stack.pop()
                 if not callable(function) or not isinstance(given, tuple):
                     raise _Refused("a call of what is no function")

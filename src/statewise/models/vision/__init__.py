@@ -39,4 +39,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "vrwkv6",
         {"width": 768, "num_layers": 12, "post_norm": True, "layer_scale": 1e-5, "drop_path_rate": 0.5},
     ),
+    "vim_tiny": ("vim", {"width": 192, "num_layers": 24}),
+    "vim_small": ("vim", {"width": 384, "num_layers": 24, "drop_path_rate": 0.05}),
+    "vim_base": ("vim", {"width": 768, "num_layers": 24}),
 }

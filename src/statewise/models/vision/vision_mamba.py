@@ -48,17 +48,17 @@ _STD_OF_CUT_NORMAL = 0.8796256610342398  # of the standard normal distribution c
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionMambaConfig:
-    """Sizes and options of a Vision Mamba; the defaults are Vim-tiny's.
+    """Sizes and options of a Vision Mamba.
 
     Args:
+        width: d_model.
+        num_layers: blocks.
         num_classes: rows of the head; 0 means no head: the model returns pooled features.
         image_size: one side or (height, width) that the position embedding is made for. Other sizes are read too.
         patch_size: one side or (height, width) of a patch.
         stride: pixels from one patch to the next, one number or (down, right); ``None`` means the patch size. The
             published models for long sequences have patches of 16 every 8 pixels.
         in_channels: of the images.
-        width: d_model.
-        num_layers: blocks.
         state_size, conv_width, expand, dt_rank, bias, conv_bias: the mixers', as in
             :class:`~statewise.models.mamba.MambaConfig`.
         divide_out: whether a mixer takes the mean of its two directions, or their sum.
@@ -76,13 +76,13 @@ class VisionMambaConfig:
         ValueError: a value outside its range.
     """
 
+    width: int
+    num_layers: int
     num_classes: int = 1000
     image_size: int | Sequence[int] = 224
     patch_size: int | Sequence[int] = 16
     stride: int | Sequence[int] | None = None
     in_channels: int = 3
-    width: int = 192
-    num_layers: int = 24
     state_size: int = 16
     conv_width: int = 4
     expand: int = 2
