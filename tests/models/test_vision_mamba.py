@@ -285,6 +285,19 @@ def test_drop_path_drops_whole_images() -> None:
 
 
 @torch.no_grad()
+def test_dropout_is_of_training_alone() -> None:
+    model = small(drop_rate=0.5)
+    images = torch.randn(1, 3, 12, 20).double()
+    streams: list[Tensor] = []
+    model.layers[0].register_forward_pre_hook(lambda module, given: streams.append(given[0]))
+    model(images)
+    model.train()(images)
+    plain, dropped = streams
+    assert torch.equal(dropped[dropped != 0], 2 * plain[dropped != 0])
+    assert 0.3 < float((dropped == 0).double().mean()) < 0.7
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("wide", [True, False])
 def test_half_precision_keeps_the_stream(wide: bool) -> None:
     model = small(residual_in_fp32=wide)
