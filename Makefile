@@ -32,7 +32,7 @@ lint: $(READY)
 # Live beside other projects' packages, in an environment of its own.
 parity: $(READY)
 	test -x build/parity/bin/python || $(PYTHON) -m venv build/parity
-	build/parity/bin/pip install --quiet --constraint constraints.txt -r benchmarks/constraints-peers.txt --editable '.[dev]'
+	build/parity/bin/pip install --quiet -c constraints.txt -c benchmarks/constraints-peers.txt --editable '.[dev,parity]'
 	build/parity/bin/pytest tests/parity
 
 bench: $(READY)

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 try:
     from huggingface_hub.dataclasses import strict
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel  # type: ignore[import-not-found]
-    from transformers.configuration_utils import PreTrainedConfig  # type: ignore[import-not-found]
-    from transformers.modeling_outputs import CausalLMOutputWithPast  # type: ignore[import-not-found]
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from statewise.bridges.hf_cache import LAYER_TYPE, read_cache, write_cache
 except ImportError as error:

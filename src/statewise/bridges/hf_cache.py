@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import (  # type: ignore[import-not-found]
+from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,

@@ -44,7 +44,7 @@ def ours(op: str, backend: str, **options: Any) -> Run:
 
 
 def _transformers_wkv4() -> Run:
-    from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu  # type: ignore[import-not-found]
+    from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         # Theirs takes the stored decay, ours the log decay: log_w = -exp(time_decay).
@@ -100,7 +100,7 @@ def _fla_wkv6() -> Run:
 
 def _transformers_ssd(chunk: int) -> Callable[[], Run]:
     def find() -> Run:
-        from transformers.models.mamba2 import modeling_mamba2  # type: ignore[import-not-found]
+        from transformers.models.mamba2 import modeling_mamba2
 
         function = modeling_mamba2.mamba2_chunk_scan
 
