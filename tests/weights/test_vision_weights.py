@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -98,6 +100,34 @@ def test_the_configuration_within_a_file_tells_what_tensors_do_not(tmp_path: Pat
     torch.save(CONTAINERS["mmcls"](make(width=12).state_dict()), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="embed_dims is 8, but the tensors have 12"):
         statewise.load(tmp_path / "other.pth")
+
+
+def test_a_trainers_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, optimiser and yacs' dictionary, as the large model's trainer saves them; nothing of yacs is needed."""
+
+    class CfgNode(dict[str, Any]):
+        """As pickle sees the original: a dictionary with attributes."""
+
+        def __init__(self, *entries: Any) -> None:
+            super().__init__(*entries)
+            self.__dict__["__immutable__"] = True
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module = ModuleType("yacs.config")
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yacs", ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    model = make(key_norm=True, head_width=6)
+    options = {"IMG_SIZE": 16, "POST_NORM": True, "K_NORM": True, "SHIFT_PIXEL": 2, "CHANNEL_GAMMA": 0.2, "DEPTH": 2}
+    whole = {
+        "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
+        "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+        "max_accuracy": 1.5,
+        "config": CfgNode({"MODEL": CfgNode({"TYPE": "vrwkv", "VRWKV": CfgNode(options)}), "SEED": 0}),
+    }
+    torch.save(whole, tmp_path / "model.pth")
+    monkeypatch.undo()
+    same(statewise.load(tmp_path / "model.pth").eval(), model)
 
 
 def test_a_directorys_configuration_is_read(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def _recognise(
             fields, renamed = family.to_ours(layout, config or {}, tensors)
             return Checkpoint(name, fields, renamed, layout)
     if (seen := vision.detect(names)) is not None:
-        options = vision.options_of(config, files.read_config_text(sources[0]))
+        options = vision.options_of(config, files.read_config(sources[0]))
         fields, renamed = vision.to_ours(seen, options, tensors, given)
         return Checkpoint(seen, fields, renamed, "vision-rwkv")
     if vision_mamba.detect(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,10 +15,10 @@ from torch import Tensor
 from statewise.errors import WeightsError
 from statewise.files import atomic_write
 from statewise.weights.claims import LARGEST_HEADER, Claim, read_claims
-from statewise.weights.torch_zip import read_config_text as read_zip_text
+from statewise.weights.torch_zip import read_config as read_zip_config
 from statewise.weights.torch_zip import read_zip
 
-__all__ = ["open_directory", "read_config_text", "read_tensors", "write_safetensors"]
+__all__ = ["open_directory", "read_config", "read_tensors", "write_safetensors"]
 
 _LARGEST_CONFIG = 1 << 22
 #: Where a directory keeps its tensors, best first; an index names several files.
@@ -100,9 +101,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     raise WeightsError(f"{path}: neither GGUF nor safetensors nor a zip written by torch.save (starts with {start!r})")
 
 
-def read_config_text(path: Path) -> str | None:
-    """The text of a configuration within a file of tensors that :func:`read_tensors` has read; ``None`` without one."""
-    return None if path.suffix == ".safetensors" else read_zip_text(path)
+def read_config(path: Path) -> str | Mapping[str, Any] | None:
+    """The configuration within a file of tensors that :func:`read_tensors` has read, as text or parsed; or ``None``."""
+    return None if path.suffix == ".safetensors" else read_zip_config(path)
 
 
 def _claim_safetensors(path: Path, start: bytes, size: int) -> list[Claim]:

@@ -21,7 +21,7 @@ import torch
 from statewise.errors import WeightsError
 from statewise.weights.claims import Claim
 
-__all__ = ["read_config_text", "read_zip"]
+__all__ = ["read_config", "read_zip"]
 
 _MOST_ENTRIES = 100_000
 _LARGEST_PICKLE = 1 << 20  # bytes: some 7,000 tensors
@@ -87,6 +87,7 @@ def _rebuild_parameter(*arguments: Any) -> _Described:
 
 _KNOWN: dict[str, Any] = {
     "collections OrderedDict": lambda: {},
+    "yacs.config CfgNode": lambda: {},  # a configuration, which is a dictionary
     "argparse Namespace": lambda: {},  # the options of a training script, beside the weights; left empty
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils _rebuild_parameter": _rebuild_parameter,
@@ -215,16 +216,20 @@ def read_zip(path: Path) -> list[Claim]:
     return claims
 
 
-def read_config_text(path: Path) -> str | None:
-    """The text of the configuration that OpenMMLab's trainers put beside weights; ``None`` if there is none.
+def read_config(path: Path) -> str | Mapping[str, Any] | None:
+    """The configuration that trainers put beside weights: OpenMMLab's is text, yacs' a dictionary; or ``None``.
 
     Raises:
         WeightsError: as :func:`read_zip`.
     """
     loaded = _load(path, _open(path)[2])
-    meta = loaded.get("meta") if isinstance(loaded, Mapping) else None
-    text = meta.get("config") if isinstance(meta, Mapping) else None
-    return text if isinstance(text, str) else None
+    if not isinstance(loaded, Mapping):
+        return None
+    for holder in (loaded.get("meta"), loaded):
+        config = holder.get("config") if isinstance(holder, Mapping) else None
+        if isinstance(config, str | Mapping):
+            return config
+    return None
 
 
 def _open(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str, bytes, bytes]:

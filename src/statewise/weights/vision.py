@@ -42,24 +42,30 @@ _TOLD = {
 
 def detect(names: set[str]) -> str | None:
     """Whose names these are, or ``None``."""
-    bare = {name.removeprefix("backbone.") for name in names}
+    bare = {name.removeprefix("module.").removeprefix("backbone.") for name in names}
     if "patch_embed.projection.weight" not in bare:
         return None
     return next((family for family, mark in _MARKS.items() if mark in bare), None)
 
 
-def options_of(config: Mapping[str, Any] | None, text: str | None) -> dict[str, Any] | None:
-    """The backbone's options by official names: from a parsed ``config.json`` or a configuration's text; or ``None``.
+def options_of(beside: Mapping[str, Any] | None, within: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The backbone's options by official names, or ``None``.
+
+    Args:
+        beside: a parsed ``config.json``, whose options may be within ``model`` and ``backbone``.
+        within: what the file itself holds: a text for :func:`parse_options`, or a dictionary with ``MODEL.VRWKV``.
 
     Raises:
         ValueError: a text that :func:`parse_options` refuses.
     """
-    if config is None:
-        return (parse_options(text) or None) if text is not None else None
-    for key in ("model", "backbone"):
-        inner = config.get(key)
-        config = inner if isinstance(inner, Mapping) else config
-    return dict(config) if {*_UNTOLD, *_TOLD, "img_size"} & set(config) else None
+    if isinstance(within, str):
+        return parse_options(within) or None
+    found: Any = within if beside is None else beside
+    for key in ("model", "MODEL", "backbone", "VRWKV"):
+        inner = found.get(key) if isinstance(found, Mapping) else None
+        found = inner if isinstance(inner, Mapping) else found
+    options = {str(name).lower(): value for name, value in (found or {}).items()}
+    return options if {*_UNTOLD, *_TOLD, "img_size"} & set(options) else None
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -125,6 +131,8 @@ def to_ours(
             tensors, or nothing says what tensors cannot.
     """
     renamed = {_our_name(name, tensors): tensor for name, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise ValueError("two tensors have the same name behind their prefixes")
     fields = _sizes(family, renamed)
     if options is None and "post_norm" not in given:
         asked = "post_norm, shift_pixel and channel_gamma" if family == "vrwkv" else "post_norm and shift_pixel"
@@ -153,9 +161,10 @@ def to_ours(
 
 
 def _our_name(name: str, tensors: Mapping[str, Tensor]) -> str:
+    name = name.removeprefix("module.")
     if name in ("head.weight", "head.bias"):
         return f"head.fc.{name.removeprefix('head.')}"
-    bare = "pos_embed" in tensors  # a detector's backbone by itself
+    bare = "pos_embed" in tensors or "module.pos_embed" in tensors  # a detector's backbone by itself
     return f"backbone.{name}" if bare and not name.startswith("head.") else name
 
 
