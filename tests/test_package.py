@@ -49,6 +49,16 @@ def test_the_contracts_names() -> None:
     assert callable(state.stack)
     assert callable(state.load_state)
     assert statewise.list_models("language") == ["mamba", "mamba2", "mamba3", "rwkv4", "rwkv5", "rwkv6", "rwkv7"]
+    of_images = [f"vrwkv_{size}" for size in ("tiny", "small", "base", "large")]
+    of_images += [f"{family}_{size}" for family in ("vrwkv6", "vim") for size in ("tiny", "small", "base")]
+    assert statewise.list_models("vision") == sorted(of_images)
+    assert statewise.list_models() == sorted([*statewise.list_models("language"), *of_images])
+    with pytest.raises(ValueError, match="task is 'sound'"):
+        statewise.list_models("sound")
+    with pytest.raises(ValueError, match="vrwkv_tiny has no field 'depth'"):
+        statewise.create("vrwkv_tiny", depth=3)
+    with pytest.raises(ValueError, match="vrwkv needs width, num_layers"):
+        statewise.create("vrwkv")
 
 
 def test_backends_say_what_serves_and_why_not() -> None:
