@@ -206,3 +206,13 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 99}))
     with pytest.raises(statewise.WeightsError, match="hidden_size is 99"):
         statewise.load(tmp_path)
+
+
+def test_a_tied_embedding_may_hold_nan(tmp_path: Path) -> None:
+    model = statewise.create("mamba", vocab_size=16, num_layers=1, width=16).to(torch.bfloat16)
+    with torch.no_grad():
+        model.backbone.embedding.weight[3, 5] = torch.nan
+    statewise.save(model, tmp_path / "model", "mamba-ssm")
+    again = statewise.load(tmp_path / "model")
+    assert torch.isnan(again.lm_head.weight).nonzero().tolist() == [[3, 5]]
+    assert again.lm_head.weight is again.backbone.embedding.weight

@@ -64,6 +64,8 @@ _MODELS = {
     "rwkv6": _Home("rwkv6", "RWKV6Config", "RWKV6"),
     "rwkv7": _Home("rwkv7", "RWKV7Config", "RWKV7"),
 }
+_MANY_BLOCKS = 100  # more than any published model has
+
 # Of images; those that are listed are sizes of these.
 _VISION = {
     "vrwkv": _Home("vision.vision_rwkv", "VisionRWKVConfig", "VisionRWKV"),
@@ -158,10 +160,12 @@ def load(
     name = os.fspath(path)
     source = local_path(path)
     with reading(source, progress):
-        found = read(source, **fields)
+        found = read(source, dtype=dtype, **fields)
     try:
         # Every value is about to be replaced: the meta device spares the random initialisation and its memory.
         with torch.device("meta"):
+            if absent := _absent_in_later_blocks(found):
+                raise WeightsError(f"{name}: tensor {absent} is missing")
             model: Model = create(found.architecture, **found.fields)
     except ValueError as error:
         raise WeightsError(f"{name}: {error}") from error
@@ -178,7 +182,7 @@ def load(
             )
         if not tensor.dtype.is_floating_point:
             raise WeightsError(f"{name}: tensor {key} has dtype {tensor.dtype}; weights are floating point")
-    # One at a time, and let go: memory holds the checkpoint once.
+    # What was not cast while it was read is now, one at a time, and let go: memory holds the checkpoint once.
     tensors = {}
     for key in list(found.tensors):
         tensors[key] = found.tensors.pop(key).to(dtype).contiguous()
@@ -188,6 +192,22 @@ def load(
     if found.architecture in _VISION:
         _fit(model, fields)
     return model
+
+
+def _absent_in_later_blocks(found: Checkpoint) -> str | None:
+    """A tensor that the second block has and a later one lacks: a small file may name thousands of blocks, and to build
+    one takes milliseconds."""
+    count = found.fields.get("num_layers")
+    if not isinstance(count, int) or count < _MANY_BLOCKS:
+        return None
+    two = create(found.architecture, **{**found.fields, "num_layers": 2}).state_dict()
+    for name in two:
+        before, second, after = name.partition(".1.")
+        if second and before.count(".") <= 1:
+            for index in range(2, count):
+                if (later := f"{before}.{index}.{after}") not in found.tensors:
+                    return later
+    return None
 
 
 def _fit(model: Any, given: dict[str, Any]) -> None:

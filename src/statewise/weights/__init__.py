@@ -44,12 +44,14 @@ class Checkpoint(NamedTuple):
     layout: str
 
 
-def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
+def read(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **fields: Any) -> Checkpoint:
     """Open a checkpoint without being told what it is.
 
     Args:
         path: a ``.pth``/``.pt``/``.bin``, ``.safetensors`` or ``.gguf`` file, or a directory holding one of the former,
             or several and their index, beside ``config.json``.
+        dtype: what tensors of floating point are cast to as they are read, so that memory never holds them twice;
+            ``None`` leaves them as they are (and so are those of a ``.gguf``, of which ours are computed).
         **fields: what the file cannot tell; these win over what configuration text in the file says. Of a model of
             images, ``image_size`` and ``num_classes`` are returned as the file's own: :func:`statewise.load` makes
             another size or classifier of them.
@@ -69,7 +71,7 @@ def read(path: str | os.PathLike[str], **fields: Any) -> Checkpoint:
         return _read_gguf(source, fields)
     tensors: dict[str, Tensor] = {}
     for part in sources:
-        found_here = files.read_tensors(part)
+        found_here = files.read_tensors(part, dtype)
         if twice := sorted(set(found_here) & set(tensors)):
             raise WeightsError(f"{part}: tensor {twice[0]} is in another file of this checkpoint, too")
         tensors |= found_here

@@ -67,8 +67,11 @@ class Claim(NamedTuple):
     crc: int | None = None
 
 
-def read_claims(path: Path, claims: Iterable[Claim]) -> dict[str, Tensor]:
-    """Read what was claimed, one tensor at a time: memory never holds more than the tensors and one raw piece.
+def read_claims(path: Path, claims: Iterable[Claim], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Read what was claimed, one tensor at a time: memory never holds more than the results and one raw piece.
+
+    Args:
+        dtype: what floating-point tensors are cast to as they are read; ``None`` leaves them as they are.
 
     Raises:
         WeightsError: a claim that cannot be true: names the file, the tensor and the reason.
@@ -76,7 +79,9 @@ def read_claims(path: Path, claims: Iterable[Claim]) -> dict[str, Tensor]:
     with open(path, "rb") as handle:
         length = handle.seek(0, 2)
         checked = _check(path, list(claims), length)
-        return {claim.name: _read(path, handle, claim) for claim in checked}
+        # One piece for all: pieces that come and go between results that stay would leave holes in memory.
+        room = torch.empty(0 if dtype is None else min(length, _PIECE), dtype=torch.uint8)
+        return {claim.name: _read(path, handle, claim, dtype, room) for claim in checked}
 
 
 def _check(path: Path, claims: list[Claim], length: int) -> list[Claim]:
@@ -106,15 +111,22 @@ def _check(path: Path, claims: list[Claim], length: int) -> list[Claim]:
     return claims
 
 
-def _read(path: Path, handle: BinaryIO, claim: Claim) -> Tensor:
+def _read(path: Path, handle: BinaryIO, claim: Claim, dtype: torch.dtype | None, room: Tensor) -> Tensor:
     handle.seek(claim.start)
     if claim.blocks is not None:
         return _read_blocks(path, handle, claim, claim.blocks).view(claim.shape)
-    raw = torch.empty(claim.size, dtype=torch.uint8)
-    crc = _fill(path, handle, claim, raw)
+    if dtype is None or dtype == claim.dtype or not claim.dtype.is_floating_point:
+        raw = torch.empty(claim.size, dtype=torch.uint8)
+        crc, values = _fill(path, handle, claim, raw), raw.view(claim.dtype)
+    else:
+        crc, values = 0, torch.empty(claim.size // claim.dtype.itemsize, dtype=dtype)
+        for piece in torch.split(values, _PIECE // claim.dtype.itemsize):
+            packed = room[: piece.numel() * claim.dtype.itemsize]
+            crc = _fill(path, handle, claim, packed, crc)
+            piece.copy_(packed.view(claim.dtype))
     if claim.crc is not None and crc != claim.crc:
         raise WeightsError(f"{path}: tensor {claim.name} is damaged (checksum differs)")
-    return raw.view(claim.dtype).view(claim.shape)
+    return values.view(claim.shape)
 
 
 def _read_blocks(path: Path, handle: BinaryIO, claim: Claim, blocks: Blocks) -> Tensor:
@@ -128,11 +140,11 @@ def _read_blocks(path: Path, handle: BinaryIO, claim: Claim, blocks: Blocks) -> 
     return values
 
 
-def _fill(path: Path, handle: BinaryIO, claim: Claim, raw: Tensor) -> int:
-    """The next bytes of the claim, into ``raw``; their checksum, if there is one to hold it against."""
+def _fill(path: Path, handle: BinaryIO, claim: Claim, raw: Tensor, crc: int = 0) -> int:
+    """The next bytes of the claim, into ``raw``; their checksum after ``crc``, if there is one to hold it against."""
     view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs of Python 3.11 name no buffer
     tell = _COUNT.get()
-    crc, done = 0, 0
+    done = 0
     while done < len(view):
         count = handle.readinto(view[done : done + _PIECE])  # type: ignore[attr-defined]
         if not count:

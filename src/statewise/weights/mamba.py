@@ -289,9 +289,16 @@ def _read_inner_norm(
         fields |= {"inner_norm": "weightless", "inner_norm_eps": config.get("mixer_rms_eps", 1e-6)}
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, told twice: as a tied head is; NaN counts as equal to itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def _read_head(layout: str, config: Mapping[str, Any], tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
     embedding, head = tensors["backbone.embedding.weight"], tensors.get(_HEAD)
-    same = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    same = head is None or same_values(head, embedding)
     # transformers and state-spaces tie unless told otherwise, mamba.py never does
     usual = same if not config else layout != "mamba.py"
     tied = fields.setdefault("tie_embeddings", usual)

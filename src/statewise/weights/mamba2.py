@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statewise.weights.mamba import same_values
+
 __all__ = ["LAYOUTS", "detect", "from_ours", "to_ours"]
 
 LAYOUTS = ("state-spaces", "transformers")
@@ -337,7 +339,7 @@ def _read_vocabulary(
 
 def _read_head(layout: str, config: Mapping[str, Any], tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
     embedding, head = tensors["backbone.embedding.weight"], tensors.get(_HEAD)
-    same = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    same = head is None or same_values(head, embedding)
     # Unless told otherwise state-spaces ties; transformers' Mamba-2 does not, but then stores a head.
     usual = True if config and layout == "state-spaces" else head is None if config else same
     tied = fields.setdefault("tie_embeddings", usual)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statewise.weights.mamba import same_values
+
 __all__ = ["LAYOUTS", "detect", "from_ours", "to_ours"]
 
 LAYOUTS = ("state-spaces",)
@@ -229,7 +231,7 @@ def _read_vocabulary(config: Mapping[str, Any], tensors: Mapping[str, Tensor], f
 
 def _read_head(tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
     embedding, head = tensors[_EMBEDDING], tensors.get(_HEAD)
-    same = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    same = head is None or same_values(head, embedding)
     tied = fields.setdefault("tie_embeddings", same)
     if tied and not same:
         raise ValueError(f"the embeddings are tied, but {_HEAD} differs from {_EMBEDDING}")
