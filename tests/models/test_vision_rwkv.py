@@ -325,6 +325,8 @@ def test_any_size_of_image(size: tuple[int, int], chunks: int | None) -> None:
 
 
 def test_no_images_are_no_logits() -> None:
+    tokens, (last,) = small().forward_intermediates(torch.randn(0, 3, 16, 16), 1)
+    assert (tokens.shape, last.shape) == ((0, 16, 16), (0, 16, 4, 4))
     assert small()(torch.randn(0, 3, 16, 16)).shape == (0, 5)
 
 

@@ -140,5 +140,7 @@ def test_it_answers_as_its_elder() -> None:
         model(images, object())
     with pytest.raises(ValueError, match="head_size is 6"):
         small(head_size=6)
+    assert model(images[:0]).shape == (0, 5)
+    assert bool(model(images[..., :1, :1]).isfinite().all())  # one token
     half = small().bfloat16()
     assert half(images.bfloat16()).dtype == torch.bfloat16

@@ -218,7 +218,7 @@ def as_features(tokens: Tensor, grid: tuple[int, int], output_fmt: str) -> Tenso
         raise ValueError(f"output_fmt is {output_fmt!r}; accepted are 'NCHW' and 'NLC'")
     if output_fmt == "NLC":
         return tokens
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid).contiguous()
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid).contiguous()
 
 
 def feature_info(prefix: str, num_layers: int, width: int, patch_size: tuple[int, int]) -> list[dict[str, Any]]:

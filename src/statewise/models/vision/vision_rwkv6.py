@@ -72,7 +72,7 @@ class MultiheadShift(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x ``(B, N, C)`` → of that shape."""
         # heads beside images, so that channels come last
-        plane = x.reshape(x.shape[0], *grid, -1, self.head_size).movedim(3, 1)
+        plane = x.reshape(x.shape[0], *grid, x.shape[2] // self.head_size, self.head_size).movedim(3, 1)
         return shift_to_sides(plane, self.pixels, self.ends).movedim(1, 3).reshape(x.shape)
 
 
@@ -130,7 +130,7 @@ class SpatialMix6(nn.Module):
         change = neighbours.to(wide) - here
         deciding = (here + change * self.time_maa_x.to(wide)).to(self.time_maa_w1.dtype)
         hidden = torch.tanh(deciding @ self.time_maa_w1)  # (B, N, 5D), a rank beside the other
-        hidden = hidden.reshape(-1, *self.time_maa_w2.shape[:2]).transpose(0, 1)  # (5, BN, D)
+        hidden = hidden.reshape(x.shape[0] * x.shape[1], *self.time_maa_w2.shape[:2]).transpose(0, 1)  # (5, BN, D)
         decided = torch.bmm(hidden, self.time_maa_w2).reshape(len(_MIXTURES), *x.shape)
         shares = [getattr(self, f"time_maa_{name}") for name in _MIXTURES]
         return tuple(
