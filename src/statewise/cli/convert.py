@@ -18,8 +18,8 @@ class Options:
     """What the command line may say."""
 
     source: Annotated[str, "a checkpoint file or directory, a run's folder, or hf://owner/name"]
-    target: Annotated[Path, "what to write: a .pth file for `rwkv`, a directory for the others"]
-    to: Annotated[str, "format: statewise, rwkv (a .pth), fla, mamba-ssm, hf or mamba.py"] = "statewise"
+    target: Annotated[Path, "what to write: a .pth file for `rwkv`, a .gguf for `gguf`, a directory for the others"]
+    to: Annotated[str, "format: statewise, rwkv (a .pth), fla, mamba-ssm, hf, mamba.py or gguf"] = "statewise"
     overwrite: Annotated[bool, "write over what is already there"] = False
     json: Annotated[bool, "print one JSON document"] = False
 

@@ -295,7 +295,8 @@ class MambaMixer(nn.Module):
 
     def mix(self, x: Tensor, state: MambaLayerState | None, steps: _Steps) -> tuple[Tensor, MambaLayerState]:
         """The forward direction, whichever way time is walked."""
-        h, z = self.in_proj(x).chunk(2, -1)
+        # Each half copied here once, and not by an operator forward and again backward.
+        h, z = (half.contiguous() for half in self.in_proj(x).chunk(2, -1))
         y, state = self._scan(h, z, state, steps)
         return self._finish(y), state
 

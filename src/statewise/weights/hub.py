@@ -78,7 +78,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         client = importlib.import_module("huggingface_hub")
     except ImportError:
         raise ValueError(
-            f"{address.text}: needs the optional package huggingface_hub: `pip install huggingface_hub`"
+            f"{address.text}: needs the optional package huggingface_hub: pip install 'statewise[hub]'"
         ) from None
     return _fetch(address, client)
 
