@@ -241,7 +241,7 @@ def test_what_was_fetched_once_opens_without_the_hub(client: Hub) -> None:
 
 def test_without_the_client_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="huggingface_hub: pip install 'statewise.hub.'"):
+    with pytest.raises(ValueError, match=r"huggingface_hub: pip install 'statewise.hub.'"):
         statewise.load(RWKV)
 
 

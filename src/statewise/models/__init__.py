@@ -132,6 +132,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     progress: bool | Progress | None = None,
+    mapped: bool = False,
     **fields: Any,
 ) -> Model:
     """Open a published checkpoint or one of our own; architecture and sizes are found from the contents.
@@ -145,6 +146,9 @@ def load(
         progress: ``True`` shows on standard error how much has been read, ``False`` shows nothing, and ``None`` shows
             it for more than 1 GiB on a terminal. A callable is called as ``progress(done, total)``, in bytes of the
             checkpoint's files, from 0 to all of them. (A download shows the client's own bars.)
+        mapped: whether tensors that the file holds in ``dtype`` stay in its own pages: read when they are first used,
+            shared with other processes that map the file, and copied where training writes to them. The file is never
+            written to; who cuts it short while the model lives takes the process down. Not for ``.gguf``.
         **fields: configuration fields that tensors cannot tell; they win over the file's own configuration text. Of a
             model of images, another ``image_size`` than the file's resizes the position embedding, another
             ``num_classes`` puts a fresh classifier in the place of the file's (0: none).
@@ -160,7 +164,7 @@ def load(
     name = os.fspath(path)
     source = local_path(path)
     with reading(source, progress):
-        found = read(source, dtype=dtype, **fields)
+        found = read(source, dtype=dtype, mapped=mapped, **fields)
     try:
         # Every value is about to be replaced: the meta device spares the random initialisation and its memory.
         with torch.device("meta"):

@@ -44,7 +44,9 @@ class Checkpoint(NamedTuple):
     layout: str
 
 
-def read(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **fields: Any) -> Checkpoint:
+def read(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, mapped: bool = False, **fields: Any
+) -> Checkpoint:
     """Open a checkpoint without being told what it is.
 
     Args:
@@ -52,6 +54,7 @@ def read(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **fi
             or several and their index, beside ``config.json``.
         dtype: what tensors of floating point are cast to as they are read, so that memory never holds them twice;
             ``None`` leaves them as they are (and so are those of a ``.gguf``, of which ours are computed).
+        mapped: whether tensors that are not cast lie in the file's own pages, see :func:`statewise.load`.
         **fields: what the file cannot tell; these win over what configuration text in the file says. Of a model of
             images, ``image_size`` and ``num_classes`` are returned as the file's own: :func:`statewise.load` makes
             another size or classifier of them.
@@ -71,7 +74,7 @@ def read(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **fi
         return _read_gguf(source, fields)
     tensors: dict[str, Tensor] = {}
     for part in sources:
-        found_here = files.read_tensors(part, dtype)
+        found_here = files.read_tensors(part, dtype, mapped=mapped)
         if twice := sorted(set(found_here) & set(tensors)):
             raise WeightsError(f"{part}: tensor {twice[0]} is in another file of this checkpoint, too")
         tensors |= found_here

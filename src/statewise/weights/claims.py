@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -67,11 +68,16 @@ class Claim(NamedTuple):
     crc: int | None = None
 
 
-def read_claims(path: Path, claims: Iterable[Claim], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_claims(
+    path: Path, claims: Iterable[Claim], dtype: torch.dtype | None = None, *, mapped: bool = False
+) -> dict[str, Tensor]:
     """Read what was claimed, one tensor at a time: memory never holds more than the results and one raw piece.
 
     Args:
         dtype: what floating-point tensors are cast to as they are read; ``None`` leaves them as they are.
+        mapped: whether tensors that stay as they are lie in the file's own pages, which are read when they are first
+            used, shared with other processes, and copied when they are written to; the file itself never changes, and
+            must not be changed or cut by others meanwhile. Checksums are held against the file before.
 
     Raises:
         WeightsError: a claim that cannot be true: names the file, the tensor and the reason.
@@ -80,8 +86,9 @@ def read_claims(path: Path, claims: Iterable[Claim], dtype: torch.dtype | None =
         length = handle.seek(0, 2)
         checked = _check(path, list(claims), length)
         # One piece for all: pieces that come and go between results that stay would leave holes in memory.
-        room = torch.empty(0 if dtype is None else min(length, _PIECE), dtype=torch.uint8)
-        return {claim.name: _read(path, handle, claim, dtype, room) for claim in checked}
+        room = torch.empty(min(length, _PIECE), dtype=torch.uint8)
+        pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
+        return {claim.name: _read(path, handle, claim, dtype, room, pages) for claim in checked}
 
 
 def _check(path: Path, claims: list[Claim], length: int) -> list[Claim]:
@@ -111,11 +118,20 @@ def _check(path: Path, claims: list[Claim], length: int) -> list[Claim]:
     return claims
 
 
-def _read(path: Path, handle: BinaryIO, claim: Claim, dtype: torch.dtype | None, room: Tensor) -> Tensor:
+def _read(
+    path: Path, handle: BinaryIO, claim: Claim, dtype: torch.dtype | None, room: Tensor, pages: mmap.mmap | None
+) -> Tensor:
     handle.seek(claim.start)
     if claim.blocks is not None:
         return _read_blocks(path, handle, claim, claim.blocks).view(claim.shape)
-    if dtype is None or dtype == claim.dtype or not claim.dtype.is_floating_point:
+    as_it_is = dtype is None or dtype == claim.dtype or not claim.dtype.is_floating_point
+    if as_it_is and pages is not None and claim.size and claim.start % claim.dtype.itemsize == 0:
+        crc = 0
+        for begin in range(0, claim.size if claim.crc is not None else 0, len(room)):
+            crc = _fill(path, handle, claim, room[: claim.size - begin], crc)
+        count = claim.size // claim.dtype.itemsize
+        values = torch.frombuffer(pages, dtype=claim.dtype, count=count, offset=claim.start)
+    elif as_it_is:
         raw = torch.empty(claim.size, dtype=torch.uint8)
         crc, values = _fill(path, handle, claim, raw), raw.view(claim.dtype)
     else:

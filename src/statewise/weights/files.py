@@ -81,8 +81,8 @@ def _parse_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Name → tensor, whatever the kind of file; those of floating point cast to ``dtype`` unless that is ``None``.
+def read_tensors(path: Path, dtype: torch.dtype | None = None, *, mapped: bool = False) -> dict[str, Tensor]:
+    """Name → tensor, whatever the kind of file; ``dtype`` and ``mapped`` as of :func:`read_claims`.
 
     Raises:
         WeightsError: names the file and what is wrong.
@@ -95,9 +95,9 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")
     if path.suffix == ".safetensors":
-        return read_claims(path, _claim_safetensors(path, start, size), dtype)
+        return read_claims(path, _claim_safetensors(path, start, size), dtype, mapped=mapped)
     if start[:4] == b"PK\x03\x04":
-        return read_claims(path, read_zip(path), dtype)
+        return read_claims(path, read_zip(path), dtype, mapped=mapped)
     raise WeightsError(f"{path}: neither GGUF nor safetensors nor a zip written by torch.save (starts with {start!r})")
 
 
