@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,11 +100,11 @@ def size(path: Path) -> int:
 # -- one contestant, in a process of its own ---------------------------------------------------------------------------
 
 
-def _ours(path: Path, dtype: torch.dtype) -> Callable[[], Callable[[], Tensor]]:
+def _ours(path: Path, dtype: torch.dtype, mapped: bool = False) -> Callable[[], Callable[[], Tensor]]:
     import statewise
 
     def load() -> Callable[[], Tensor]:
-        model: Any = statewise.load(path, dtype=dtype)
+        model: Any = statewise.load(path, dtype=dtype, mapped=mapped)
         return lambda: model(torch.tensor([PROMPT]))[0][0, -1]
 
     return load
@@ -131,7 +132,8 @@ def _transformers(path: Path, dtype: torch.dtype) -> Callable[[], Callable[[], T
     return load
 
 
-_READERS = {"statewise": _ours, "rwkv": _rwkv, "transformers": _transformers}
+_MAPPED = "statewise, mapped"
+_READERS = {"statewise": _ours, _MAPPED: partial(_ours, mapped=True), "rwkv": _rwkv, "transformers": _transformers}
 
 
 @torch.no_grad()
@@ -220,12 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = str(case.dtype).removeprefix("torch.")
         for dtype in dict.fromkeys((kept, "float32")):
             logits = {}
-            for who in (case.peer, "statewise"):
+            for who in (case.peer, "statewise", *([_MAPPED] if dtype == kept else [])):
                 place = options.folder / f"{name}.{who}.logits"
                 row = _in_a_process(who, path, tiny, dtype, options.repeats, place, options.threads)
                 logits[who] = torch.load(place)
                 place.unlink()
-                same = logits["statewise"][: len(logits[case.peer])] if who == "statewise" else None
+                same = None if who == case.peer else logits[who][: len(logits[case.peer])]
                 row |= {"case": name, "who": who, "dtype": dtype, "file_dtype": kept, "file_bytes": size(path)}
                 row["gap"] = None if same is None else float((same - logits[case.peer]).abs().max())
                 row["scale"] = float(logits[who].abs().max())

@@ -14,12 +14,14 @@ __all__ = ["Options", "main"]
 
 _GENERATIONS = {
     "rwkv4": "RWKV-4",
-    "rwkv5": "RWKV-5",
     "rwkv6": "RWKV-6 (x060)",
     "rwkv7": "RWKV-7 (x070)",
     "mamba": "Mamba-1",
     "mamba2": "Mamba-2",
     "mamba3": "Mamba-3",
+    "vrwkv": "Vision-RWKV",
+    "vrwkv6": "Vision-RWKV on RWKV-6",
+    "vim": "Vision Mamba (Vim)",
 }
 
 
@@ -70,7 +72,7 @@ def _report(path: str) -> dict[str, Any]:
 
     return {
         "architecture": architecture,
-        "generation": _GENERATIONS.get(architecture, architecture),
+        "generation": _generation(architecture, found.checkpoint.fields),
         "layout": found.checkpoint.layout,
         "parameters": sum(parameter.numel() for parameter in found.model.parameters()),  # tied ones once
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
@@ -89,6 +91,14 @@ def _report(path: str) -> dict[str, Any]:
             for name, tensor in tensors.items()
         ],
     }
+
+
+def _generation(architecture: str, fields: dict[str, Any]) -> str:
+    if architecture == "rwkv5":
+        return f"RWKV-{fields['version']}"
+    if architecture == "rwkv7" and fields["deep_embed"]:
+        return "RWKV-7a (x070a, DeepEmbed)"
+    return _GENERATIONS[architecture]
 
 
 def _shown(value: Any) -> str:
