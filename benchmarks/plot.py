@@ -13,7 +13,7 @@ from typing import Any
 
 from statewise.files import atomic_write
 
-__all__ = ["curves_table", "draw_curves", "draw_growth", "growth_table"]
+__all__ = ["curves_table", "draw_curves", "draw_growth", "draw_images", "growth_table"]
 
 #: Everyday compressors' score on the language models' test split is drawn beside theirs.
 COMPRESSORS = ("gzip", "xz")
@@ -112,6 +112,30 @@ def curves_table(document: Mapping[str, Any]) -> str:
     return _markdown(lines) + "\n"
 
 
+def draw_images(document: Mapping[str, Any], path: Path) -> None:
+    """Time and memory over the number of patches, both axes logarithmic: a column a task, dashed for half."""
+    figure, save = _figure(path)
+    rows = document["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    figure.set_size_inches(5.5 * len(tasks), 8)
+    for column, task in enumerate(tasks):
+        for line, (key, label) in enumerate((("ms", "milliseconds an image"), ("peak_mib", "MiB at their most"))):
+            axis = figure.add_subplot(2, len(tasks), line * len(tasks) + column + 1)
+            for index, who in enumerate(dict.fromkeys(row["who"] for row in rows)):
+                for precision, style in zip(precisions, ("-", "--"), strict=False):
+                    mine = [r for r in rows if (r["who"], r["task"], r["precision"]) == (who, task, precision)]
+                    points = [(row["tokens"], row[key]) for row in mine if row[key]]
+                    if points:
+                        name = f"{who}, {precision}"
+                        axis.loglog(*zip(*points, strict=True), style, color=f"C{index}", marker="o", label=name)
+            axis.set(title=task, xlabel="patches of 16 x 16", ylabel=label)
+            axis.grid(alpha=0.3)
+            if not line and not column:
+                axis.legend(fontsize=8)
+    save()
+
+
 def _figure(path: Path) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -146,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if document["kind"] == "ops":
         draw_growth(document, plot)
         print(growth_table(document), end="")
+    elif document["kind"] == "vision":
+        draw_images(document, plot)
     else:
         draw_curves(document, plot)
         print(curves_table(document), end="")
