@@ -22,7 +22,7 @@ OPERATORS = sorted((ROOT / "src/statewise/ops").glob("*/README.md"))
 PAGES = [ROOT / "README.md", *CHAPTERS, *OPERATORS, ROOT / "recipes/README.md"]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 # Pages that train a model to show what it learns.
-TRAINING = {"rwkv4", "rwkv7", "mamba"}
+TRAINING = {"rwkv4", "rwkv7", "mamba", "vision_rwkv"}
 
 
 def name_of(path: Path) -> str:
