@@ -1,8 +1,8 @@
 """torchvision beside a torch for the CPU, for which its package index has no build.
 
 Such a torchvision stops its own import where it describes two operators that were never compiled, and timm stops with
-it. Declared here, they are found; suppression of overlapping boxes is also computed here, everything else that detection
-needs torchvision has in Python.
+it. Declared here, they are found; suppression of overlapping boxes is also computed here. Whatever else detection needs
+torchvision has in Python.
 """
 
 from __future__ import annotations
