@@ -49,12 +49,13 @@ def check_command(line: str) -> None:
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}")
     module = importlib.import_module(f"statewise.cli.{name}")
-    kinds = [module.Options, TrainConfig] if name == "train" else [module.Options]
+    config = train_command.config_kind(arguments)
+    kinds = [module.Options, config] if name == "train" else [module.Options]
     given = given_arguments(kinds, arguments, prog=f"statewise {name}", description="")
     if name == "train":
         file = given.pop("config", None)
         given.pop("json", None)
-        train_command.configure(None if file is None else ROOT / file, given)
+        train_command.configure(None if file is None else ROOT / file, given, config)
 
 
 def command_lines() -> list[object]:

@@ -16,9 +16,10 @@ __all__ = ["COMMANDS", "main"]
 #: Command → what it does. Each lives in the module of its name and offers ``main(arguments) -> exit code``.
 COMMANDS = {
     "demo": "train a small model on this machine, measure it, let it write, stop it and carry on",
-    "train": "train a model on text, with snapshots that resume bit for bit",
+    "train": "train a model on text or images, with snapshots that resume bit for bit",
     "generate": "continue a prompt, as a stream of text",
     "evaluate": "bits per byte of a model over a whole split, beside gzip and xz",
+    "classify": "what images show, by a classifier; what the classifier looks at",
     "inspect": "what a checkpoint holds: architecture, sizes, tensors, what is missing or extra",
     "convert": "rewrite a checkpoint in another project's format",
     "verify": "check on a model that parallel, split, step, padded and packed forms agree",

@@ -1,9 +1,11 @@
-"""``statewise evaluate``: bits per byte over a whole split, beside what needs no neural network."""
+"""``statewise evaluate``: bits per byte over a whole split, beside what needs no neural network; of a classifier of
+images, how many it tells rightly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from statewise.cli import COMMANDS
@@ -22,9 +24,12 @@ class Options:
     checkpoint: Annotated[
         str, "a checkpoint file or directory, a run's folder (its latest snapshot), or hf://owner/name"
     ]
-    data: Annotated[str | None, "stdlib, enwik8, a file or a folder; by default what the run was trained on"] = None
+    data: Annotated[
+        str | None,
+        "stdlib, enwik8, a file or a folder; of images digits, .npz or folder; by default what the run learnt from",
+    ] = None
     split: Annotated[Literal["train", "valid", "test"], "which part of the data"] = "test"
-    window: Annotated[int, "tokens read at a time; costs memory, changes no result"] = 1024
+    window: Annotated[int, "tokens read at a time (images: one for 16); costs memory, changes no result"] = 1024
     tokenizer: Annotated[str | None, "bytes, rwkv-world, or a file; by default what the model was trained with"] = None
     yardsticks: Annotated[bool, "tell gzip's and xz's bits per byte and the entropies of the same bytes too"] = True
     device: Annotated[str, "where to run"] = "cpu"
@@ -35,11 +40,14 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :func:`statewise.cli.main`."""
     options = from_arguments(Options, arguments, prog="statewise evaluate", description=COMMANDS["evaluate"])
-    from statewise.cli.checkpoints import DTYPES, find_device, open_model, tokenizer_for
+    from statewise.cli.checkpoints import DTYPES, find_device, locate, open_model, tokenizer_for
     from statewise.cli.console import print_json, print_table, progress
     from statewise.inference import evaluate_bits_per_byte
     from statewise.text import load_corpus
 
+    place = locate(options.checkpoint)
+    if _is_of_images(place):
+        return _images(options, place)
     opened = open_model(options.checkpoint, device=find_device(options.device), dtype=DTYPES[options.dtype])
     source = options.data or (opened.run.data if opened.run is not None else None)
     if source is None:
@@ -72,6 +80,61 @@ def main(arguments: Sequence[str]) -> int:
     title = f"{opened.path} on {source}, {options.split}: {found['bytes']:,} bytes, {found['tokens']:,} tokens"
     print_table(["", "bits per byte", ""], rows, title=title)
     return 0
+
+
+def _is_of_images(place: Path) -> bool:
+    from statewise.images import read_preprocessing
+    from statewise.training.image_config import is_image_model
+    from statewise.weights import read
+
+    if place.suffix == ".gguf":
+        return False
+    return (place.is_dir() and read_preprocessing(place) is not None) or is_image_model(
+        read(place, mapped=True).architecture
+    )
+
+
+def _images(options: Options, place: Path) -> int:
+    from statewise.cli.checkpoints import DTYPES, find_device
+    from statewise.cli.classify import open_classifier
+    from statewise.cli.console import print_json, print_table
+    from statewise.images import load_images
+    from statewise.training.image_config import ImageTrainConfig
+    from statewise.training.image_metrics import measure_accuracy
+
+    device, dtype = find_device(options.device), DTYPES[options.dtype]
+    model, preprocessing = open_classifier(place, device=device, dtype=dtype)
+    written = place.parent.parent / "config.toml"
+    of_run = place.parent.name == "snapshots" and written.is_file()
+    source = options.data or (ImageTrainConfig.from_toml(written).data if of_run else None)
+    if source is None:
+        raise ValueError("--data is needed: this checkpoint is of no run, so nothing tells what to evaluate on")
+    if options.split == "valid":
+        raise ValueError("--split is 'valid'; images have train and test")
+    data = load_images(source)
+    if preprocessing.classes and preprocessing.classes != data.classes:
+        raise ValueError(
+            f"{source} has the classes {_few(data.classes)}; the model knows {_few(preprocessing.classes)}"
+        )
+    images = data.train if options.split == "train" else data.test
+    found = measure_accuracy(model, images, preprocessing, batch_size=max(1, options.window // 16), device=device)
+    count = len(images.labels)
+    if options.json:
+        told = {"checkpoint": str(place), "data": source, "split": options.split, "images": count}
+        numbers = {"loss": found.loss, "top1": found.top1, "top5": found.top5}
+        print_json({**told, **numbers, "classes": data.classes, "confusion": found.confusion.tolist()})
+        return 0
+    rows = [
+        ("top-1", f"{100 * found.top1:.2f} %"),
+        ("top-5", f"{100 * found.top5:.2f} %"),
+        ("loss", f"{found.loss:.4f} nats"),
+    ]
+    print_table(["", ""], rows, title=f"{place} on {source}, {options.split}: {count:,} images")
+    return 0
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
 
 _NAMES = {

@@ -1,9 +1,9 @@
 """A dataclass of options ↔ command-line arguments. Imports neither torch nor numpy.
 
-A field without a default is given by its place, the others as ``--its-name``. The type says how the text is read
-(``str``, ``int``, ``float``, ``bool`` as ``--x/--no-x``, ``Path``, ``Literal``, a ``tuple`` as values divided by
-commas, a ``dict`` as ``name=value`` divided by commas, ``X | None``). Help is the text in ``Annotated[type, text]``,
-or the string under the field.
+A field without a default is given by its place (a ``tuple``: one or more), the others as ``--its-name``. The type says
+how the text is read (``str``, ``int``, ``float``, ``bool`` as ``--x/--no-x``, ``Path``, ``Literal``, a ``tuple`` as
+values divided by commas, a ``dict`` as ``name=value`` divided by commas, ``X | None``). Help is the text in
+``Annotated[type, text]``, or the string under the field.
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
 def _add(parser: argparse.ArgumentParser, name: str, hint: Any, text: str, defaults: Mapping[str, Any]) -> None:
     text = text.replace("%", "%%")
     if name not in defaults:
-        parser.add_argument(name, type=_reader(hint), help=text, metavar=name.upper())
+        if typing.get_origin(hint) is tuple:
+            item = _reader(typing.get_args(hint)[0])
+            parser.add_argument(name, type=item, nargs="+", help=text, metavar=name.upper())
+        else:
+            parser.add_argument(name, type=_reader(hint), help=text, metavar=name.upper())
         return
     flag = "--" + name.replace("_", "-")
     kind = _without_none(hint)

@@ -13,14 +13,16 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["RESUMABLE", "TrainConfig"]
+__all__ = ["RESUMABLE", "TrainConfig", "WrittenConfig"]
+
+Own = TypeVar("Own", bound="WrittenConfig")
 
 #: What may differ between a run and its ``resume``; everything else would make it another run.
 RESUMABLE = (
@@ -30,7 +32,57 @@ RESUMABLE = (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class WrittenConfig:
+    """A configuration that files hold under the names of its fields; ``model_fields`` among them is a table."""
+
+    @classmethod
+    def from_toml(cls: type[Own], path: str | os.PathLike[str]) -> Own:
+        """Read a file with the names of the fields; absent names take their defaults.
+
+        Raises:
+            ValueError: not TOML, an unknown name, or a value that is not accepted; names the file.
+            FileNotFoundError: no such file.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+            return cls.from_dict(tomllib.loads(text))
+        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def from_dict(cls: type[Own], values: dict[str, Any]) -> Own:
+        """From names and values.
+
+        Raises:
+            ValueError: an unknown name, or a value that is not accepted.
+        """
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known names: {', '.join(known)}"
+                raise ValueError(f"unknown name {name!r}; {hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and values, ``None`` left out; made of what JSON and TOML can hold."""
+        values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        values["model_fields"] = dict(values["model_fields"])
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_toml(self) -> str:
+        """The text :meth:`from_toml` reads back to an equal configuration."""
+        values = self.to_dict()
+        table = values.pop("model_fields")
+        lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
+        if table:
+            lines += ["", "[model_fields]", *(f"{_toml(name)} = {_toml(value)}" for name, value in table.items())]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class TrainConfig(WrittenConfig):
     """Everything a run depends on. ``None`` means the model family's official recipe, see :meth:`resolved`."""
 
     model: str = "rwkv7"
@@ -135,51 +187,6 @@ class TrainConfig:
         if self.final_learning_rate is None:
             chosen["final_learning_rate"] = min(rate, recipe.get("final_learning_rate", rate / 10))
         return dataclasses.replace(self, **chosen)
-
-    @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> TrainConfig:
-        """Read a file with the names of the fields; absent names take their defaults.
-
-        Raises:
-            ValueError: not TOML, an unknown name, or a value that is not accepted; names the file.
-            FileNotFoundError: no such file.
-        """
-        try:
-            text = Path(path).read_text("utf-8")
-            return cls.from_dict(tomllib.loads(text))
-        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From names and values.
-
-        Raises:
-            ValueError: an unknown name, or a value that is not accepted.
-        """
-        known = [spec.name for spec in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known names: {', '.join(known)}"
-                raise ValueError(f"unknown name {name!r}; {hint}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Names and values, ``None`` left out; made of what JSON and TOML can hold."""
-        values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
-        values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        values["model_fields"] = dict(self.model_fields)
-        return {name: value for name, value in values.items() if value is not None}
-
-    def to_toml(self) -> str:
-        """The text :meth:`from_toml` reads back to an equal configuration."""
-        values = self.to_dict()
-        table = values.pop("model_fields")
-        lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
-        if table:
-            lines += ["", "[model_fields]", *(f"{_toml(name)} = {_toml(value)}" for name, value in table.items())]
-        return "\n".join(lines) + "\n"
 
 
 # RWKV-LM's hints for L6-D512, L12-D768, L24-D1024, L24-D2048; the Mamba paper's for its 130M, 370M, 790M, 1.4B models.

@@ -34,7 +34,7 @@ from statewise.training.resume import Run, restore_run, save_run
 from statewise.training.snapshot import latest_snapshot
 from statewise.training.validation import validation_bits
 
-__all__ = ["DivergenceError", "RunResult", "train"]
+__all__ = ["DivergenceError", "RunResult", "find_device", "stop_signals", "train"]
 
 _SECONDS_BETWEEN_PLOTS = 30.0
 
@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, progress: Callable[[Mapping[str, Any]], None] 
     config = config.resolved()
     out = Path(config.out)
     check_out(out, resume=config.resume)
-    device = _device(config.device)
+    device = find_device(config.device)
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else ()),
         contextlib.ExitStack() as stack,
@@ -105,7 +105,7 @@ def train(config: TrainConfig, *, progress: Callable[[Mapping[str, Any]], None] 
             atomic_write(out / "config.toml", dataclasses.replace(config, resume=False).to_toml())
             cut_metrics(out / "metrics.jsonl", run.step)
             trainer = _Trainer(config, out, text, batches, run, newest, stack)
-            interrupted = trainer.run_steps(_display(progress, stack), stack.enter_context(_stop_signals()))
+            interrupted = trainer.run_steps(_display(progress, stack), stack.enter_context(stop_signals()))
         except OSError as error:
             last = latest_snapshot(out)
             raise SnapshotError(
@@ -263,7 +263,12 @@ class _Trainer:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        ValueError: this machine has none.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -306,7 +311,7 @@ def _display(
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """A question that SIGINT or SIGTERM answers with yes; a second one acts as if nobody had asked."""
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():

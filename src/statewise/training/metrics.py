@@ -18,7 +18,7 @@ __all__ = ["VOLATILE", "EventFile", "MetricsFile", "Record", "cut_metrics", "rea
 Record: TypeAlias = dict[str, Any]
 
 #: The fields of a record that the clock decides; the others are the same in a broken and continued run.
-VOLATILE = frozenset({"seconds", "tokens_per_second"})
+VOLATILE = frozenset({"seconds", "tokens_per_second", "images_per_second"})
 
 
 class MetricsFile:

@@ -8,16 +8,42 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from statewise.training.config import TrainConfig
+__all__ = [
+    "OptimizerConfig",
+    "build_optimizer",
+    "learning_rate_at",
+    "optimizer_tensors",
+    "restore_optimizer",
+    "set_learning_rate",
+]
 
-__all__ = ["build_optimizer", "learning_rate_at", "optimizer_tensors", "restore_optimizer", "set_learning_rate"]
+
+class OptimizerConfig(Protocol):
+    """What is read here of a run's configuration."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float | None: ...
+    @property
+    def final_learning_rate(self) -> float | None: ...
+    @property
+    def schedule(self) -> str | None: ...
+    @property
+    def weight_decay(self) -> float | None: ...
+    @property
+    def betas(self) -> tuple[float, float] | None: ...
+    @property
+    def eps(self) -> float | None: ...
 
 
 class _HasGroups(Protocol):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]: ...
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over ``model.parameter_groups``, each with the ``weight_decay`` and ``lr_scale`` its authors give it.
 
     The fused implementation works one element at a time, so its result does not depend on how threads split the work.
@@ -56,7 +82,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(own, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
+def learning_rate_at(step: int, config: OptimizerConfig) -> float:
     """The learning rate of optimiser step ``step`` (the first is 0), before any group's own factor.
 
     Warm-up of w steps: ``peak · (0.01 + 0.99 · step/w)``. After it, with p from 0 to 1 at the last step:
