@@ -13,7 +13,7 @@ from typing import Any
 
 from statewise.files import atomic_write
 
-__all__ = ["curves_table", "draw_curves", "draw_growth", "draw_images", "growth_table"]
+__all__ = ["curves_table", "draw_accuracies", "draw_curves", "draw_growth", "draw_images", "growth_table"]
 
 #: Everyday compressors' score on the language models' test split is drawn beside theirs.
 COMPRESSORS = ("gzip", "xz")
@@ -112,6 +112,24 @@ def curves_table(document: Mapping[str, Any]) -> str:
     return _markdown(lines) + "\n"
 
 
+def draw_accuracies(document: Mapping[str, Any], path: Path) -> None:
+    """Share of test images classified rightly, over time of training."""
+    figure, save = _figure(path)
+    axis = figure.add_subplot()
+    for result in document["results"]:
+        minutes = [point["seconds"] / 60 for point in result["curve"]]
+        label = f"{result['model']}: {100 * result['top1']:.1f} %, {result['parameters'] / 1e6:.2f} M"
+        axis.plot(minutes, [100 * point["top1"] for point in result["curve"]], marker="o", label=label)
+    axis.set(
+        title=f"{document['settings']['data']}: top-1 on test images",
+        xlabel=f"minutes of training, {document['machine']['threads']} threads",
+        ylabel="%",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save()
+
+
 def draw_images(document: Mapping[str, Any], path: Path) -> None:
     """Time and memory over the number of patches, both axes logarithmic: a column a task, dashed for half."""
     figure, save = _figure(path)
@@ -172,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(growth_table(document), end="")
     elif document["kind"] == "vision":
         draw_images(document, plot)
+    elif document["kind"] == "image models":
+        draw_accuracies(document, plot)
     else:
         draw_curves(document, plot)
         print(curves_table(document), end="")

@@ -5,10 +5,13 @@ Legend: B images, N tokens, one a patch, C width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statewise.models.language_model import group_parameters
 from statewise.models.vision.backbone import resize_positions
 
 __all__ = ["ViT"]
@@ -63,3 +66,11 @@ class ViT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x).mean(1))
         return logits
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Matrices decay; biases, norms and positions do not."""
+
+        def rule(name: str, parameter: Tensor) -> tuple[float, float]:
+            return 1.0, weight_decay if parameter.dim() > 1 and name != "positions" else 0.0
+
+        return group_parameters(self, rule)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks import loading, vision
+from benchmarks import image_models, loading, vision
 
 
 def test_images(tmp_path: Path) -> None:
@@ -31,3 +32,16 @@ def test_what_is_made_is_what_is_read(tmp_path: Path) -> None:
             told[who] = torch.load(tmp_path / "logits")
         assert torch.isfinite(told["statewise"]).all()
         assert torch.equal(*told.values())
+
+
+def test_classifiers_of_one_size(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn, whose digits these are, is not installed")
+    out = tmp_path / "digits.json"
+    sizes = ["--width", "32", "--layers", "2", "--patch-size", "4", "--batch-size", "8", "--threads", "1"]
+    image_models.main(["--data", "digits", "--minutes", "0.002", *sizes, "--out", str(out)])
+    results = json.loads(out.read_text())["results"]
+    assert [result["model"] for result in results] == ["vrwkv", "vim", "vit"]
+    smallest, largest = (pick(result["parameters"] for result in results) for pick in (min, max))
+    assert largest < 1.6 * smallest
+    assert all(result["steps"] > 0 and 0 <= result["top1"] <= result["top5"] <= 1 for result in results)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
