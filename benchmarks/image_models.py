@@ -41,14 +41,14 @@ _POINTS = 12  # measurements on the test images
 def build(
     name: str, width: int, layers: int, image_size: int, patch_size: int, channels: int, classes: int
 ) -> nn.Module:
-    """About 12 layers·width² parameters: a block of `vim` has half of those of the others, so it gets twice as many."""
+    """About 12 layers·width² parameters: a block of `vim` has fewer than those of the others, so it gets more of them."""
     import statewise
 
     sizes = {"image_size": image_size, "patch_size": patch_size, "in_channels": channels, "num_classes": classes}
     torch.manual_seed(0)
     if name == "vit":
         return ViT(width, layers, max(1, width // 64), **sizes)
-    return statewise.create(name, width=width, num_layers=2 * layers if name == "vim" else layers, **sizes)
+    return statewise.create(name, width=width, num_layers=3 * layers // 2 if name == "vim" else layers, **sizes)
 
 
 def run_model(
