@@ -41,7 +41,7 @@ _POINTS = 12  # measurements on the test images
 def build(
     name: str, width: int, layers: int, image_size: int, patch_size: int, channels: int, classes: int
 ) -> nn.Module:
-    """About 12 layers·width² parameters: a block of `vim` has fewer than those of the others, so it gets more of them."""
+    """About 12 layers·width² parameters: a block of `vim` has fewer than those of the others, so it gets more."""
     import statewise
 
     sizes = {"image_size": image_size, "patch_size": patch_size, "in_channels": channels, "num_classes": classes}

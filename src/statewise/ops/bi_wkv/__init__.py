@@ -46,7 +46,7 @@ def bi_wkv(
         u: bonus of the present token, in log space ``(C,)``.
         state: must be ``None``; it stands here to be refused with the reason.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3. ``None`` means all rows are full.
-        backend: ``None`` (fastest), ``"reference"`` (work grows with T²) or ``"torch"`` (with T).
+        backend: ``None`` (fastest), ``"reference"`` (work grows with T²), ``"torch"`` or ``"native"`` (with T).
 
     Returns:
         y ``(B, T, C)`` of v's dtype, alone: sums are float32 (float64 if any input is float64).
