@@ -38,10 +38,12 @@ def stripes(tmp_path: Path) -> Path:
 def test_a_run_is_trained_resumed_measured_and_asked(command: Command, stripes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     fast = ("--learning-rate", 4e-3, "--warmup-steps", 2, "--ema", 0.8, "--no-flip", "--crop", "none")
-    told = command("train", "--model", "vrwkv_tiny", *SMALL, *fast, "--data", stripes, "--out", out, "--steps", 40)
+    told = command(
+        "train", "--no-plot", "--model", "vrwkv_tiny", *SMALL, *fast, "--data", stripes, "--out", out, "--steps", 40
+    )
     assert told.code == 0, told.err
     assert "images/s" in told.err
-    told = command("train", "--resume", "--out", out, "--steps", 60, "--json")
+    told = command("train", "--resume", "--plot", "--out", out, "--steps", 60, "--json")
     assert told.code == 0, told.err
     assert told.json["step"] == 60
     assert [Path(plot).name for plot in told.json["plots"]] == ["curves.png", "confusion.png"]

@@ -30,7 +30,9 @@ def test_module_and_help_name_every_command() -> None:
     assert (
         listed
         == set(COMMANDS)
-        == set(["demo", "train", "generate", "evaluate", "inspect", "convert", "verify", "bench", "backends"])
+        == set(
+            ["demo", "train", "generate", "evaluate", "classify", "inspect", "convert", "verify", "bench", "backends"]
+        )
     )
 
 

@@ -53,6 +53,7 @@ def test_an_npz_is_what_it_holds(tmp_path: Path) -> None:
     assert (data.side, data.channels) == (4, 3)
     assert np.array_equal(data.train.read(7), given["train_images"][7])
     assert data.test.labels.tolist() == [2, 0]
+    assert load_images(saved(tmp_path, given | {"classes": np.array([b"a", b"b", b"c"])})).classes == ("a", "b", "c")
     given["train_images"] = given["train_images"] ^ np.uint8(1)
     assert load_images(saved(tmp_path, given | {"classes": np.array(["a", "b", "c"])})).sha256 != data.sha256
 
@@ -127,6 +128,11 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     assert np.bincount(data.test.labels).tolist() == [2, 1, 1]
     assert (data.channels, data.side) == (3, None)
     assert data.train.read(len(data.train.labels) - 1).shape[2] == 3  # gray among colours
+    for file in (tmp_path / "eel").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"\.png: cannot be read any more"):
+        data.train.read(len(data.train.labels) - 1)
+    put(tmp_path / "eel" / "0.png", draw(3, 4))
     (tmp_path / "dog" / "note.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"note\.txt: not an image"):
         load_images(str(tmp_path))

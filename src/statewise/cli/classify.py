@@ -137,6 +137,7 @@ def _draw(path: Path, model: Any, image: torch.Tensor, preprocessing: Preprocess
         for name, values in zip(("before", "itself", "behind"), means, strict=True):
             panels[2].bar(blocks, values, bottom=below, label=name)
             below += values
+        panels[2].xaxis.get_major_locator().set_params(integer=True)
         panels[2].set(title="where a token's average comes from", xlabel="block", ylabel="share", ylim=(0, 1))
         panels[2].legend(loc="lower right", fontsize=8)
     atomic_write(path, lambda temporary: canvas.print_figure(temporary, format="png", dpi=130))

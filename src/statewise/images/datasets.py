@@ -118,7 +118,10 @@ class _Files:
         self.paths, self.labels, self.channels = paths, labels, channels
 
     def read(self, index: int) -> Pixels:
-        return read_image(self.paths[index], self.channels)
+        try:
+            return read_image(self.paths[index], self.channels)
+        except OSError as error:  # it was there when the data set was opened
+            raise ValueError(f"{self.paths[index]}: cannot be read any more: {error.strerror}") from error
 
 
 class _Some:
@@ -191,12 +194,14 @@ def _npz(path: Path) -> ImageSet:
             if other := sorted(set(archive.files) - known):
                 raise ValueError(f"array {other[0]!r} is none of {', '.join(sorted(known))}")
             arrays = {name: archive[name] for name in archive.files}
+        if "classes" in arrays and arrays["classes"].dtype.kind == "S":
+            arrays["classes"] = np.char.decode(arrays["classes"], "utf-8")
     except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an .npz of images: {error}") from error
     if "train_labels" not in arrays:
         raise ValueError(f"{path}: array 'train_labels' is missing")
     names = arrays.get("classes")
-    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         raise ValueError(f"{path}: classes has shape {names.shape} and dtype {names.dtype}; accepted is a row of texts")
     parts = [part for part in ("train", "test") if any(name.startswith(f"{part}_") for name in arrays)]
     labels = {part: _npz_labels(path, f"{part}_labels", arrays) for part in parts}
