@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from statewise.images import Preprocessing, augment, decode_image, fit_image, read_image, read_preprocessing
+from statewise.images.decode import image_header
 
 
 def encoded(image: Any, kind: str = "PNG", **how: Any) -> bytes:
@@ -51,6 +53,8 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)))
     with pytest.raises(ValueError, match="x: a damaged image"):
         decode_image(whole[: len(whole) // 2], name="x")
+    with pytest.raises(ValueError, match="y: not an image that can be read"):
+        decode_image(b"BM" + bytes(range(60)), name="y")
     with pytest.raises(ValueError, match="channels is 2"):
         decode_image(whole, 2)
 
@@ -86,6 +90,20 @@ def test_a_shift_moves_and_a_flip_mirrors() -> None:
     assert 70 < mirrored < 130
     with pytest.raises(ValueError, match="crop is 'half'"):
         augment(image, 16, np.random.default_rng(0), crop="half", flip=False)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow tells of what it passes over
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.integers(0, 2**32))
+def test_no_file_does_worse_than_being_refused(kind: str, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    how = Image.Exif()
+    how[0x0112] = 6
+    content = bytearray(encoded(Image.fromarray(ramp(9, 12, 3)), kind, exif=how))
+    for place in generator.integers(0, min(len(content), int(generator.choice([40, 400]))), 4):
+        content[place] = generator.integers(0, 256)
+    for read in (decode_image, lambda found: image_header(found, "x")):
+        with contextlib.suppress(ValueError):
+            read(bytes(content))
 
 
 def test_preprocessing_by_hand(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +18,11 @@ __all__ = ["Pixels", "decode_image", "image_header", "pillow", "read_image"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
+# What Pillow raises for files that are not what they say.
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, MemoryError),
+    *(RuntimeError, struct.error),
+)
 _GRAY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 
@@ -67,7 +73,7 @@ def decode_image(content: bytes, channels: int = 3, *, name: str = "image") -> P
             image.load()
             whole = ImageOps.exif_transpose(image)
             return _pixels(whole, channels)
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"{name}: a damaged image: {error}") from error
 
 
@@ -84,7 +90,11 @@ def image_header(content: bytes | str | os.PathLike[str], name: str) -> tuple[in
     """
     with _opened(content, name) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lies on its side
+        try:
+            turned = image.getexif().get(0x0112, 1)
+        except _DAMAGE as error:
+            raise ValueError(f"{name}: a damaged image: {error}") from error
+        if turned in (5, 6, 7, 8):  # lies on its side
             width, height = height, width
         return height, width, 1 if image.mode in _GRAY else 3
 
@@ -97,7 +107,9 @@ def _opened(content: bytes | str | os.PathLike[str], name: str) -> Image.Image:
             image: Image.Image = module.open(io.BytesIO(content) if isinstance(content, bytes) else content)
     except module.UnidentifiedImageError as error:
         raise ValueError(f"{name}: not an image of a known format") from error
-    except (module.DecompressionBombError, ValueError, SyntaxError) as error:
+    except (module.DecompressionBombError, *_DAMAGE) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file, not of what is in it
+            raise
         raise ValueError(f"{name}: not an image that can be read: {error}") from error
     return image
 

@@ -22,6 +22,7 @@ __all__ = ["FILE", "Preprocessing", "measure_channels", "read_preprocessing"]
 #: Name of the file, in the directory of a checkpoint.
 FILE = "images.json"
 
+_LARGEST = 16384  # a file must not be able to ask for all memory
 _MEASURED = 2048
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,8 +43,8 @@ class Preprocessing:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size!r}; accepted are integers from 1")
+        if not isinstance(self.image_size, int) or not 1 <= self.image_size <= _LARGEST:
+            raise ValueError(f"image_size is {self.image_size!r}; accepted are integers from 1 to {_LARGEST}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels!r}; accepted are 1 and 3")
         for name, least in (("mean", -math.inf), ("std", 0.0)):

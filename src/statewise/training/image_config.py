@@ -117,7 +117,7 @@ class ImageTrainConfig(WrittenConfig):
         ``patch_size``: an eighth of it, from 2 to 16. ``learning_rate``: 1e-3 at 64 images a step and in proportion to
         the square root of their number; ``final_learning_rate``: a hundredth. ``crop``: shift up to 64 pixels, else
         resized. ``flip``: where mirrored images keep their class. ``turn``: 0. Other sizes are those of the model's
-        name. Of digits: 16 pixels (twice their own, so that a shift may be half a pixel), patches of 4, 4 blocks of 64
+        name. Of digits: 16 pixels (twice their own, so that a shift may be half a pixel), patches of 4, 4 blocks of 96
         channels, a learning rate of 3e-3, and turned by up to 10 degrees.
 
         Args:
@@ -132,7 +132,7 @@ class ImageTrainConfig(WrittenConfig):
             image_size=size,
             patch_size=self.patch_size or (min(4, size) if small else min(max(2, round(size / 8)), 16, size)),
             num_layers=self.num_layers or (4 if small else None),
-            width=self.width or (64 if small else None),
+            width=self.width or (96 if small else None),
             learning_rate=rate,
             final_learning_rate=self.final_learning_rate or rate / 100,
             crop=self.crop or ("shift" if size <= 64 else "resized"),
