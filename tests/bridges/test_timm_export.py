@@ -110,7 +110,6 @@ def _run(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["output"], {"images": images.numpy()})[0])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", TINY)
 def test_onnx_file_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -126,7 +125,6 @@ def test_onnx_file_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(_run(tmp_path / "model.onnx", images), model(images), rtol=0, atol=LIMIT)
 
 
-@pytest.mark.long
 def test_onnx_file_for_any_batch(tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")

@@ -1,8 +1,8 @@
 """torchvision beside a torch for the CPU, for which its package index has no build.
 
 Such a torchvision stops its own import where it describes two operators that were never compiled, and timm stops with
-it. Declared here, they are found; suppression of overlapping boxes is also computed here. Whatever else detection needs
-torchvision has in Python.
+it. Declared here, they are found. Suppression of overlapping boxes and pooling of regions are also computed here (for
+the second torchvision has a way in Python, a hundred times slower); all else that detection needs it has.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def need(package: str) -> Any:
@@ -33,8 +34,11 @@ def _declare() -> None:
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torch.library.impl("torchvision::nms", "CPU")(_nms)
-    extension = importlib.import_module("torchvision.ops.boxes")
-    extension._assert_has_ops = lambda: None  # type: ignore[attr-defined]
+    boxes: Any = importlib.import_module("torchvision.ops.boxes")
+    boxes._assert_has_ops = lambda: None
+    for name in ("torchvision.ops.poolers", "torchvision.models.detection.roi_heads"):
+        user: Any = importlib.import_module(name)
+        user.roi_align = _roi_align
 
 
 def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -50,3 +54,23 @@ def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
             kept.append(index)
             gone |= overlaps[index]
     return torch.tensor(kept, dtype=torch.int64)
+
+
+def _roi_align(
+    maps: Tensor, rois: Tensor, output_size: tuple[int, int], spatial_scale: float, sampling_ratio: int = 2
+) -> Tensor:
+    """Maps ``(B, C, H, W)`` read at the middles of ``sampling_ratio``² parts of every cell of regions ``(K, 5)``, each
+    the number of its map and two corners; means of cells ``(K, C, rows, columns)``."""
+    sides = torch.tensor(maps.shape[:1:-1])  # W, H
+    start, end = (rois[:, 1:3] * spatial_scale, rois[:, 3:5] * spatial_scale)
+    size = (end - start).clamp(min=1)
+    steps = [(torch.arange(n * sampling_ratio) + 0.5) / (n * sampling_ratio) for n in output_size[::-1]]
+    x, y = (start[:, i, None] + size[:, i, None] * steps[i] for i in (0, 1))
+    points = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1) * (2 / (sides - 1).clamp(min=1)) - 1
+    found = maps.new_empty(len(rois), maps.shape[1], *output_size)
+    for image in range(len(maps)):
+        mine = rois[:, 0] == image
+        read = F.grid_sample(maps[image : image + 1], points[mine].flatten(0, 1)[None], "bilinear", "border", True)
+        read = read.unflatten(2, (-1, points.shape[1]))[0].movedim(1, 0)
+        found[mine] = F.avg_pool2d(read, sampling_ratio)
+    return found
