@@ -166,7 +166,7 @@ def test_what_is_left_open_follows_the_data() -> None:
         assert (found.image_size, found.patch_size, found.crop, found.flip) == (size, patch, crop, mirrored)
         assert found.width is None
     digits = ImageTrainConfig().resolved(8, mirrored=False)
-    assert (digits.image_size, digits.patch_size, digits.width, digits.turn, digits.flip) == (16, 4, 96, 10.0, False)
+    assert (digits.image_size, digits.patch_size, digits.width, digits.mixup, digits.flip) == (16, 4, 96, 0.4, False)
     assert ImageTrainConfig(flip=True, patch_size=1).resolved(8, mirrored=False).flip
 
 

@@ -69,7 +69,7 @@ class ImageTrainConfig(WrittenConfig):
     """Largest norm of the whole gradient; 0 does not clip."""
     label_smoothing: float = 0.1
     """Share of a target that goes to all classes evenly."""
-    mixup: float = 0.0
+    mixup: float | None = None
     """Images are blended in pairs, in a proportion drawn from Beta(x, x); 0 does not. Beside cutmix, every other batch
     on average."""
     cutmix: float = 0.0
@@ -116,9 +116,9 @@ class ImageTrainConfig(WrittenConfig):
         ``image_size``: the data's own where all images are squares of one size up to 256 pixels, else 224;
         ``patch_size``: an eighth of it, from 2 to 16. ``learning_rate``: 1e-3 at 64 images a step and in proportion to
         the square root of their number; ``final_learning_rate``: a hundredth. ``crop``: shift up to 64 pixels, else
-        resized. ``flip``: where mirrored images keep their class. ``turn``: 0. Other sizes are those of the model's
-        name. Of digits: 16 pixels (twice their own, so that a shift may be half a pixel), patches of 4, 4 blocks of 96
-        channels, a learning rate of 3e-3, and turned by up to 10 degrees.
+        resized. ``flip``: where mirrored images keep their class. ``turn`` and ``mixup``: 0. Other sizes are those of
+        the model's name. Of digits: 16 pixels (twice their own, so that a shift may be half a pixel), patches of 4, 4
+        blocks of 96 channels, a learning rate of 3e-3, turned by up to 12 degrees, and a mixup of 0.4.
 
         Args:
             side: pixels of the data's images, where all are squares of one size.
@@ -136,7 +136,8 @@ class ImageTrainConfig(WrittenConfig):
             learning_rate=rate,
             final_learning_rate=self.final_learning_rate or rate / 100,
             crop=self.crop or ("shift" if size <= 64 else "resized"),
-            turn=self.turn if self.turn is not None else (10.0 if small else 0.0),
+            turn=self.turn if self.turn is not None else (12.0 if small else 0.0),
+            mixup=self.mixup if self.mixup is not None else (0.4 if small else 0.0),
             flip=self.flip if self.flip is not None else mirrored,
         )
 
@@ -192,7 +193,7 @@ _KINDS = {
 }
 _OPTIONAL = (
     *("image_size", "patch_size", "num_layers", "width", "learning_rate", "final_learning_rate"),
-    *("crop", "flip", "turn"),
+    *("crop", "flip", "turn", "mixup"),
 )
 _OWN_NAME = {"num_layers", "width", "image_size", "patch_size"}
 _OF_DATA = {"num_classes", "in_channels"}

@@ -50,7 +50,13 @@ class ImageBatches:
     """Training batches without end: every image once an epoch, in an order that every epoch draws anew."""
 
     def __init__(self, data: ImageSet, config: ImageTrainConfig, preprocessing: Preprocessing) -> None:
-        if config.image_size is None or config.crop is None or config.flip is None or config.turn is None:
+        if (
+            config.image_size is None
+            or config.crop is None
+            or config.flip is None
+            or config.turn is None
+            or config.mixup is None
+        ):
             raise ValueError("the configuration has values left open; pass config.resolved()")
         self._images, self._classes, self._config = data.train, len(data.classes), config
         self._size, self._crop, self._flip, self._turn = config.image_size, config.crop, config.flip, config.turn
