@@ -86,7 +86,7 @@ def test_stripes_are_learnt_and_all_is_written(stripes: str, tmp_path: Path) -> 
         progress=reports.append,
     )
     assert reports[0]["loss"] > 1.0 > told.loss
-    assert told.test_top1 == told.test_top5 == 1.0 or told.test_top1 > 0.9
+    assert told.test_top5 == 1.0 >= told.test_top1 > 0.9
     assert told.images == 480
     assert "top-1" in describe_images(reports[-1])
     assert "top-1" not in describe_images(reports[0])
