@@ -2,10 +2,10 @@
 
     python examples/segmentation.py --model vrwkv --steps 300
 
-Scenes are discs, bars and triangles of random colours over noise; what is to be told is which shape a pixel belongs to,
-which its colour does not say. Training scenes are drawn anew at every step from one stream of random numbers,
-validation scenes come from another and are never trained on. Told is the mean over classes of intersection over union
-(mIoU).
+Scenes are discs, bars and triangles of random bright colours over dark noise; what is to be told is which shape a pixel
+belongs to, which its colour does not say. Training scenes are drawn anew at every step from one stream of random
+numbers, validation scenes come from another and are never trained on. Told is the mean over classes of intersection
+over union (mIoU).
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from statewise.bridges.detection import FeaturePyramid
 
 SIDE = 64
 CLASSES = ("background", "disc", "bar", "triangle")
+WEIGHTS = torch.tensor([0.25, 1.0, 1.0, 1.0])  # four of five pixels are background
 VALIDATION_SEED = 1_000_003
 
 
 def scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images ``(count, 3, SIDE, SIDE)`` and the class of every pixel ``(count, SIDE, SIDE)``."""
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    images = torch.rand(count, 3, 1, 1, generator=generator) + 0.1 * torch.randn(
-        count, 3, SIDE, SIDE, generator=generator
-    )
+    images = 0.2 + 0.1 * torch.randn(count, 3, SIDE, SIDE, generator=generator)
     classes = torch.zeros(count, SIDE, SIDE, dtype=torch.long)
     for image, labels in zip(images, classes, strict=True):
-        for kind in torch.randint(1, len(CLASSES), (3,), generator=generator).tolist():
+        for kind in torch.randint(1, len(CLASSES), (2,), generator=generator).tolist():
             middle = torch.randint(8, SIDE - 8, (2,), generator=generator)
             size = int(torch.randint(9, 17, (1,), generator=generator))
             down, right = rows - middle[0], columns - middle[1]
@@ -42,7 +41,7 @@ def scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
                 (down.abs() <= size) & (right.abs() <= size // 2),
                 (down <= size) & (down >= 2 * right.abs() - size),
             )[kind - 1]
-            image[:, mask] = torch.rand(3, 1, generator=generator)
+            image[:, mask] = 0.5 + 0.5 * torch.rand(3, 1, generator=generator)
             labels[mask] = kind
     return (images - 0.5) / 0.3, classes
 
@@ -82,8 +81,8 @@ class Segmenter(nn.Module):
     def __init__(self, architecture: str, width: int, num_layers: int) -> None:
         super().__init__()
         model = statewise.create(architecture, width=width, num_layers=num_layers, image_size=SIDE, patch_size=8)
-        self.pyramid = FeaturePyramid(model, out_channels=width)
-        self.head = UPerHead(width, len(CLASSES))
+        self.pyramid = FeaturePyramid(model, out_channels=width // 2)
+        self.head = UPerHead(width // 2, len(CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, height, width)`` → ``(B, classes, height, width)``."""
@@ -113,7 +112,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     torch.manual_seed(given.seed)
@@ -124,7 +123,7 @@ def main(arguments: list[str] | None = None) -> float:
     started = time.monotonic()
     for step in range(1, given.steps + 1):
         images, classes = scenes(given.batch_size, stream)
-        loss = F.cross_entropy(model(images), classes)
+        loss = F.cross_entropy(model(images), classes, WEIGHTS)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
