@@ -140,3 +140,19 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match="pip install onnx onnxscript"):
         export(model_of("vim_tiny"), torch.randn(1, 3, 24, 24), tmp_path / "model.onnx")
+
+
+def test_registry_without_timm_or_with_another_torchs_torchvision_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import statewise.bridges.timm as bridge
+
+    def stop(name: str) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "timm", None)
+        without.setitem(sys.modules, "timm.models", None)
+        with pytest.raises(ImportError, match=r"pip install 'statewise\[timm\]'"):
+            bridge.register()
+    monkeypatch.setattr(bridge.importlib, "import_module", stop)
+    with pytest.raises(ImportError, match="built for this torch: operator torchvision::nms"):
+        bridge.register()
