@@ -75,7 +75,10 @@ def export(model: VisionModel, images: Tensor, path: str | os.PathLike[str], *, 
     except ImportError as error:
         raise ImportError(f"needs the packages onnx and onnxscript ({error}): `pip install onnx onnxscript`") from error
     program = plain_program(model, images, any_batch=any_batch)
-    written = torch.onnx.export(program, (), input_names=["images"], output_names=["output"], verbose=False)
+    # Runtimes simplify what they load; the exporter's own pass takes minutes at real sizes and gains nothing on top.
+    written = torch.onnx.export(
+        program, (), input_names=["images"], output_names=["output"], verbose=False, optimize=False
+    )
     assert written is not None
     atomic_write(path, written.model_proto.SerializeToString())
 
