@@ -41,6 +41,11 @@ def small(op: str, dtype: torch.dtype) -> dict[str, Tensor]:
     inputs = {key: x.detach().to(dtype) for key, x in benchmark.draw(op, 32).items()}
     if op == "wkv4":
         small = {key: x[:2, :, :5] if x.dim() == 3 else x[:5] for key, x in inputs.items()}
+    elif op == "ssd":
+        small = {"x": inputs["x"][:, :, :6], "dt": inputs["dt"][..., :6], "A": inputs["A"][:6]}
+        small |= {"B": inputs["B"], "C": inputs["C"]}
+    elif op == "wkv6":
+        small = {key: x[..., :3, :] for key, x in inputs.items()}
     elif op == "wkv7":
         small = {key: x[:, :, :3] for key, x in inputs.items()}
     else:
@@ -71,7 +76,13 @@ def test_an_installed_peer_agrees(op: str, name: str) -> None:
 
 
 def test_an_absent_peer_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = ("transformers.models.rwkv.modeling_rwkv", "mambapy.mamba", "fla.ops.generalized_delta_rule.dplr")
+    theirs = (
+        "transformers.models.rwkv.modeling_rwkv",
+        "transformers.models.mamba2",
+        "mambapy.mamba",
+        "fla.ops.generalized_delta_rule.dplr",
+        "fla.ops.rwkv6.recurrent_naive",
+    )
     for module in theirs:
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises, installed or not
     for op, names in PEERS.items():

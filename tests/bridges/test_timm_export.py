@@ -138,7 +138,7 @@ def test_onnx_file_for_any_batch(tmp_path: Path) -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+    with pytest.raises(ImportError, match=r"pip install 'statewise\[onnx\]'"):
         export(model_of("vim_tiny"), torch.randn(1, 3, 24, 24), tmp_path / "model.onnx")
 
 

@@ -165,12 +165,7 @@ def test_other_channels_sizes_and_patches(name: str) -> None:
         small(name, num_heads=3)
 
 
-_CAPTURES = pytest.mark.xfail(
-    raises=ValueError, strict=True, reason="VisionRWKV.group_matcher: a group of its stem's pattern captures a name"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=_CAPTURES) if "rwkv" in n else n for n in TINY])
+@pytest.mark.parametrize("name", TINY)
 def test_rates_of_learning_fall_layer_by_layer(name: str) -> None:
     model = small(name, num_classes=3)
     from timm.optim import create_optimizer_v2, param_groups_layer_decay

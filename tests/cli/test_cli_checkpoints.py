@@ -191,6 +191,15 @@ def test_a_model_that_says_nan_is_an_error_not_a_number(
     assert "NaN" in refused("generate", tmp_path / "nan", "--prompt", "a")
 
 
+@pytest.fixture(name="no_peers")
+def _no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which peers are installed is no matter of these tests."""
+    from statewise.testing import peers
+
+    monkeypatch.setitem(peers.PEERS, "wkv4", {})
+
+
+@pytest.mark.usefixtures("no_peers")
 def test_bench_times_every_length(command: Command) -> None:
     told = command(
         "bench", "wkv4", "--lengths", "8,16", "--width", 8, "--repeats", 1, "--backends", "torch,reference", "--json"
@@ -235,6 +244,7 @@ def test_bench_times_a_peer_that_agrees_and_names_one_that_does_not(
     assert "not timed: gone" in command(*sizes).out
 
 
+@pytest.mark.usefixtures("no_peers")
 def test_bench_leaves_out_what_would_take_too_long(command: Command) -> None:
     sizes = ("--lengths", "8,800", "--width", 8, "--repeats", 1, "--backends", "torch")
     told = command("bench", "wkv4", *sizes, "--cap", 1e-9, "--json").json

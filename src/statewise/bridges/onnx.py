@@ -73,7 +73,7 @@ def export(model: VisionModel, images: Tensor, path: str | os.PathLike[str], *, 
         importlib.import_module("onnxscript")
         importlib.import_module("onnx")
     except ImportError as error:
-        raise ImportError(f"needs the packages onnx and onnxscript ({error}): `pip install onnx onnxscript`") from error
+        raise ImportError(f"needs the packages onnx and onnxscript ({error}): pip install 'statewise[onnx]'") from error
     program = plain_program(model, images, any_batch=any_batch)
     # Runtimes simplify what they load; the exporter's own pass takes minutes at real sizes and gains nothing on top.
     written = torch.onnx.export(

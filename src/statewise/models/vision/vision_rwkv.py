@@ -315,7 +315,7 @@ class VisionRWKV(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns that sort parameters by depth; ``coarse`` is accepted and changes nothing."""
         return {
-            "stem": r"^backbone\.(pos_embed|patch_embed)",
+            "stem": r"^backbone\.(?:pos_embed|patch_embed)",
             "blocks": [(r"^backbone\.layers\.(\d+)", None), (r"^backbone\.ln1", (99999,))],
         }
 
