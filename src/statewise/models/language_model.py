@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from statewise.state import ModelState
+from statewise.weights.contents import same_values
 
 __all__ = ["check_call", "group_parameters", "tie_head"]
 
@@ -80,7 +81,5 @@ def _refuse_two_heads(
 ) -> None:
     """Tied tensors that differ would silently overwrite each other."""
     embedding, head = state_dict.get(prefix + _EMBEDDING), state_dict.get(prefix + _HEAD)
-    if embedding is None or head is None or torch.equal(embedding, head):
-        return
-    if embedding.shape != head.shape or not torch.allclose(embedding, head, rtol=0, atol=0, equal_nan=True):
+    if embedding is not None and head is not None and not same_values(embedding, head):
         errors[-1].append(f"{prefix}{_HEAD} differs from {prefix}{_EMBEDDING}, but tie_embeddings is set")

@@ -23,7 +23,7 @@ LARGEST_HEADER = 2 << 20
 _MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _PIECE = 1 << 24  # bytes read at a time
-_BLOCKS = 1 << 15  # blocks decoded at a time
+_BLOCKS = 1 << 13  # blocks decoded at a time: what decoding takes besides grows with it
 
 
 # Readers of every format lie between who wants to know and who reads; a context saves them an argument each.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from statewise.weights.contents import count_layers, look_up, same_values, size_of
 
 __all__ = ["LAYOUTS", "detect", "from_ours", "to_ours"]
 
@@ -118,7 +120,7 @@ def to_ours(
     _refuse_other_models(config)
     fields = _sizes(renamed)
     for field, key in _KEYS[layout].items():
-        stated = _look_up(config, key)
+        stated = look_up(config, key)
         if field == "expand" and layout == "transformers" and "intermediate_size" in config:
             # It wins there: FalconMamba's published configurations have an expand that nothing reads.
             key, stated = "intermediate_size", config["intermediate_size"]
@@ -203,18 +205,8 @@ def _their_name(layout: str, name: str) -> str:
     return name
 
 
-def _look_up(config: Mapping[str, Any], key: str) -> Any:
-    """The value under ``key``, or ``None``."""
-    outer, _, inner = key.rpartition(".")
-    if outer:
-        config = config.get(outer) or {}
-        if not isinstance(config, Mapping):
-            raise ValueError(f"the configuration's {outer} is {config!r}; expected an object")
-    return config.get(inner)
-
-
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
-    kind = _look_up(config, "ssm_cfg.layer")
+    kind = look_up(config, "ssm_cfg.layer")
     if kind not in (None, "Mamba1"):
         raise ValueError(f"the configuration's ssm_cfg.layer is {kind!r}; this is a Mamba1")
     for key in ("attn_layer_idx", "d_intermediate"):
@@ -227,24 +219,15 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What shapes and names decide, by our names."""
 
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"tensor {name} is missing")
-        size = tensors[name].shape
-        if len(size) != dimensions or 0 in size:
-            raise ValueError(f"tensor {name} has shape {tuple(size)}; expected {dimensions} dimensions, none empty")
-        return size
-
+    shape = partial(size_of, tensors)
     mixer = "backbone.layers.0.mixer."
     _, width = shape("backbone.embedding.weight", 2)
     channels, state_size = shape(mixer + "A_log", 2)
     if channels % width:
         raise ValueError(f"tensor {mixer}A_log has {channels} channels, which is no multiple of the width {width}")
-    numbers = {int(found[1]) for name in tensors if (found := re.match(r"backbone\.layers\.(\d{1,6})\.", name))}
-    if len(numbers) != max(numbers) + 1:
-        raise ValueError(f"layers are numbered {sorted(numbers)[:8]}; expected 0, 1, 2, ... without gaps")
+    num_layers = count_layers(tensors, "backbone.layers.")
     return {
-        "num_layers": len(numbers),
+        "num_layers": num_layers,
         "width": width,
         "state_size": state_size,
         "conv_width": shape(mixer + "conv1d.weight", 3)[2],
@@ -287,13 +270,6 @@ def _read_inner_norm(
             fields["inner_norm_eps"] = config.get("rms_norm_eps", 1e-5)
     elif falcon:
         fields |= {"inner_norm": "weightless", "inner_norm_eps": config.get("mixer_rms_eps", 1e-6)}
-
-
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, told twice: as a tied head is; NaN counts as equal to itself."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _read_head(layout: str, config: Mapping[str, Any], tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:

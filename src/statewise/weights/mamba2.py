@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from statewise.weights.mamba import same_values
+from statewise.weights.contents import count_layers, look_up, same_values, size_of
 
 __all__ = ["LAYOUTS", "detect", "from_ours", "to_ours"]
 
@@ -116,7 +116,7 @@ def to_ours(
     _refuse_other_models(layout, config)
     fields, matrix = _sizes(renamed)
     for field, key in _KEYS[layout].items():
-        stated = _look_up(config, key)
+        stated = look_up(config, key)
         if stated is None:
             continue
         if field == "dt_limit":
@@ -133,7 +133,7 @@ def to_ours(
     if config.get("num_heads", heads) != heads:
         raise ValueError(f"the configuration's num_heads is {config['num_heads']}, but the tensors have {heads}")
     _read_gated_norm(config, renamed, fields)
-    if (span := _look_up(config, _A_RANGE[layout])) is not None:
+    if (span := look_up(config, _A_RANGE[layout])) is not None:
         if not isinstance(span, (list, tuple)) or len(span) != 2:
             raise ValueError(f"the configuration's {_A_RANGE[layout]} is {span!r}; expected two numbers")
         fields["A_min"], fields["A_max"] = span
@@ -200,16 +200,6 @@ def from_ours(
     return config, renamed
 
 
-def _look_up(config: Mapping[str, Any], key: str) -> Any:
-    """The value under ``key``, or ``None``."""
-    outer, _, inner = key.rpartition(".")
-    if outer:
-        config = config.get(outer) or {}
-        if not isinstance(config, Mapping):
-            raise ValueError(f"the configuration's {outer} is {config!r}; expected an object")
-    return config.get(inner)
-
-
 def _hidden(stated: Any) -> Any:
     """The width of the MLP's tensors; state-spaces rounds what is said up, and none is 0."""
     return (-(-stated // _MLP_MULTIPLE) * _MLP_MULTIPLE or None) if isinstance(stated, int) else stated
@@ -234,7 +224,7 @@ def _limits(key: str, stated: Any) -> tuple[float, float]:
 
 
 def _refuse_other_models(layout: str, config: Mapping[str, Any]) -> None:
-    kind = _look_up(config, "ssm_cfg.layer")
+    kind = look_up(config, "ssm_cfg.layer")
     if kind not in (None, "Mamba2"):
         raise ValueError(f"the configuration's ssm_cfg.layer is {kind!r}; this is a Mamba2")
     if config.get("attn_layer_idx"):
@@ -244,21 +234,14 @@ def _refuse_other_models(layout: str, config: Mapping[str, Any]) -> None:
     if layout == "transformers" and config.get("model_type", "mamba2") != "mamba2":
         raise ValueError(f"the configuration's model_type is {config['model_type']!r}; this is a 'mamba2'")
     for key in ("hidden_act", "ssm_cfg.activation"):
-        if _look_up(config, key) not in (None, "silu", "swish"):
-            raise ValueError(f"the configuration's {key} is {_look_up(config, key)!r}; Mamba-2 is read with 'silu'")
+        if look_up(config, key) not in (None, "silu", "swish"):
+            raise ValueError(f"the configuration's {key} is {look_up(config, key)!r}; Mamba-2 is read with 'silu'")
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
     """What shapes and names decide, by our names, and G·N."""
 
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"tensor {name} is missing")
-        size = tensors[name].shape
-        if len(size) != dimensions or 0 in size:
-            raise ValueError(f"tensor {name} has shape {tuple(size)}; expected {dimensions} dimensions, none empty")
-        return size
-
+    shape = partial(size_of, tensors)
     _, width = shape("backbone.embedding.weight", 2)
     (heads,) = shape(_MIXER + "A_log", 1)
     inner = shape(_MIXER + "out_proj.weight", 2)[1]
@@ -277,12 +260,10 @@ def _sizes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
     (skips,) = shape(_MIXER + "D", 1)
     if skips not in (heads, channels):
         raise ValueError(f"tensor {_MIXER}D has {skips} values; expected {heads}, one a head, or {channels}")
-    numbers = {int(found[1]) for name in tensors if (found := re.match(r"backbone\.layers\.(\d{1,6})\.", name))}
-    if len(numbers) != max(numbers) + 1:
-        raise ValueError(f"layers are numbered {sorted(numbers)[:8]}; expected 0, 1, 2, ... without gaps")
+    num_layers = count_layers(tensors, "backbone.layers.")
     mlp = "backbone.layers.0.mlp.fc2.weight"
     return {
-        "num_layers": len(numbers),
+        "num_layers": num_layers,
         "width": width,
         "head_size": channels // heads,
         "conv_width": conv_width,
@@ -309,13 +290,13 @@ def _read_matrices(layout: str, matrix: int, fields: dict[str, Any]) -> None:
 
 def _read_gated_norm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fields: dict[str, Any]) -> None:
     normed = _MIXER + "norm.weight" in tensors
-    stated = _look_up(config, "ssm_cfg.rmsnorm")
+    stated = look_up(config, "ssm_cfg.rmsnorm")
     if stated not in (None, normed):
         raise ValueError(
             f"the configuration's ssm_cfg.rmsnorm is {stated}, but the tensors have "
             f"{'' if normed else 'no '}{_MIXER}norm.weight"
         )
-    before = _look_up(config, "ssm_cfg.norm_before_gate")
+    before = look_up(config, "ssm_cfg.norm_before_gate")
     if before not in (None, True, False):
         raise ValueError(f"the configuration's ssm_cfg.norm_before_gate is {before!r}; expected true or false")
     fields["gated_norm"] = ("before" if before else "after") if normed else None

@@ -8,14 +8,13 @@ mixer takes and ignores it), else the caller's to give, else our default.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from statewise.weights.mamba import same_values
+from statewise.weights.contents import count_layers, look_up, same_values, size_of
 
 __all__ = ["LAYOUTS", "detect", "from_ours", "to_ours"]
 
@@ -86,7 +85,7 @@ def to_ours(
     renamed = dict(tensors)
     fields = _sizes(renamed)
     for field, key in _KEYS.items():
-        stated = _look_up(config, key)
+        stated = look_up(config, key)
         if stated is None:
             continue
         if field == "mlp_width" and isinstance(stated, int):
@@ -136,18 +135,8 @@ def _refuse_other_layouts(layout: str) -> None:
         raise ValueError(f"layout is {layout!r}; accepted for a Mamba-3 is 'state-spaces'")
 
 
-def _look_up(config: Mapping[str, Any], key: str) -> Any:
-    """The value under ``key``, or ``None``."""
-    outer, _, inner = key.rpartition(".")
-    if outer:
-        config = config.get(outer) or {}
-        if not isinstance(config, Mapping):
-            raise ValueError(f"the configuration's {outer} is {config!r}; expected an object")
-    return config.get(inner)
-
-
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
-    kind = _look_up(config, "ssm_cfg.layer")
+    kind = look_up(config, "ssm_cfg.layer")
     if kind not in (None, "Mamba3"):
         raise ValueError(f"the configuration's ssm_cfg.layer is {kind!r}; this is a Mamba3")
     if config.get("attn_layer_idx"):
@@ -159,14 +148,7 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What shapes and names decide, by our names."""
 
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"tensor {name} is missing")
-        size = tensors[name].shape
-        if len(size) != dimensions or 0 in size:
-            raise ValueError(f"tensor {name} has shape {tuple(size)}; expected {dimensions} dimensions, none empty")
-        return size
-
+    shape = partial(size_of, tensors)
     _, width = shape(_EMBEDDING, 2)
     heads, ranks, state_size = shape(_MIXER + "B_bias", 3)
     inner = shape(_MIXER + "out_proj.weight", 2)[1]
@@ -184,12 +166,10 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             f"tensors {_MIXER}in_proj.weight ({rows} rows), out_proj.weight ({inner} columns) and B_bias ({heads} "
             f"heads, {ranks} ranks, {state_size} states) fit no Mamba-3"
         )
-    numbers = {int(found[1]) for name in tensors if (found := re.match(r"backbone\.layers\.(\d{1,6})\.", name))}
-    if len(numbers) != max(numbers) + 1:
-        raise ValueError(f"layers are numbered {sorted(numbers)[:8]}; expected 0, 1, 2, ... without gaps")
+    num_layers = count_layers(tensors, "backbone.layers.")
     mlp = "backbone.layers.0.mlp.fc2.weight"
     return {
-        "num_layers": len(numbers),
+        "num_layers": num_layers,
         "width": width,
         "state_size": state_size,
         "head_size": inner // heads,
@@ -204,7 +184,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _check_ranks(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-    mimo, rank = (_look_up(config, f"ssm_cfg.{key}") for key in ("is_mimo", "mimo_rank"))
+    mimo, rank = (look_up(config, f"ssm_cfg.{key}") for key in ("is_mimo", "mimo_rank"))
     found = fields["mimo_rank"]
     if mimo not in (None, found is not None):
         raise ValueError(

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from statewise.weights.contents import count_layers, size_of
 
 __all__ = ["FAMILIES", "detect", "options_of", "parse_options", "to_ours"]
 
@@ -171,25 +172,16 @@ def _our_name(name: str, tensors: Mapping[str, Tensor]) -> str:
 def _sizes(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What shapes and names decide."""
 
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"tensor {name} is missing")
-        size = tensors[name].shape
-        if len(size) != dimensions or 0 in size:
-            raise ValueError(f"tensor {name} has shape {tuple(size)}; expected {dimensions} dimensions, none empty")
-        return size
-
+    shape = partial(size_of, tensors)
     width, channels, *patch = shape("backbone.patch_embed.projection.weight", 4)
     first = "backbone.layers.0."
     hidden = shape(first + "ffn.key.weight", 2)[0]
     if hidden % width:
         raise ValueError(f"tensor {first}ffn.key.weight has {hidden} rows, which is no multiple of the width {width}")
-    numbers = {int(found[1]) for name in tensors if (found := re.match(r"backbone\.layers\.(\d{1,6})\.", name))}
-    if len(numbers) != max(numbers) + 1:
-        raise ValueError(f"layers are numbered {sorted(numbers)[:8]}; expected 0, 1, 2, ... without gaps")
+    num_layers = count_layers(tensors, "backbone.layers.")
     fields: dict[str, Any] = {
         "width": width,
-        "num_layers": len(numbers),
+        "num_layers": num_layers,
         "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
         "in_channels": channels,
         "hidden_rate": hidden // width,

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from statewise.weights.contents import count_layers, size_of
 
 __all__ = ["detect", "to_ours"]
 
@@ -52,14 +55,7 @@ def to_ours(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[di
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What shapes and names decide."""
 
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f"tensor {name} is missing")
-        size = tuple(tensors[name].shape)
-        if len(size) != dimensions or 0 in size:
-            raise ValueError(f"tensor {name} has shape {size}; expected {dimensions} dimensions, none empty")
-        return size
-
+    shape = partial(size_of, tensors)
     if "cls_token" not in tensors:
         raise ValueError("tensor cls_token is missing: a Vision Mamba is read with one class token, in the middle")
     if _MIXER + "A_b_log" not in tensors or _MIXER + "conv1d_b.weight" not in tensors:
@@ -71,15 +67,13 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if channels % width:
         raise ValueError(f"tensor {_MIXER}A_log has {channels} channels, which is no multiple of the width {width}")
     rank = shape(_MIXER + "dt_proj.weight", 2)[1]
-    numbers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d{1,6})\.", name))}
-    if len(numbers) != max(numbers) + 1:
-        raise ValueError(f"layers are numbered {sorted(numbers)[:8]}; expected 0, 1, 2, ... without gaps")
+    num_layers = count_layers(tensors, "layers.")
     return {
         "num_classes": shape("head.weight", 2)[0] if "head.weight" in tensors else 0,
         "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
         "in_channels": in_channels,
         "width": width,
-        "num_layers": len(numbers),
+        "num_layers": num_layers,
         "state_size": state_size,
         "conv_width": shape(_MIXER + "conv1d.weight", 3)[2],
         "expand": channels // width,
