@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ from statewise.testing import cases, laws
 from statewise.testing.cases import CASES, OpCase
 from statewise.testing.tolerances import FORMS, bound
 
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = () if GPU == "cuda" else ("triton",)
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 def forms(*, without: tuple[str, ...] = ()) -> Any:
-    """Every row with every backend that serves it here."""
+    """Every row with every backend that serves it here: Triton's on a GPU, or on the CPU in the interpreter."""
     pairs = [
-        (case, name)
+        (replace(case, device=GPU) if name == "triton" else case, name)
         for case in CASES
         for name, status in ops.backends()[case.op].items()
         if status.serves and name not in without
@@ -31,6 +35,8 @@ def forms(*, without: tuple[str, ...] = ()) -> Any:
 
 every_form = forms()
 every_fast_form = forms(without=("reference",))
+# What the interpreter is too slow for. Its gradients are held to the reference's all the same, and those to differences.
+every_quick_form = forms(without=("reference", *INTERPRETED))
 
 
 def hold(pairs: list[laws.Pair], forward: float = FORMS.forward, gradient: float = FORMS.gradient) -> None:
@@ -51,7 +57,7 @@ def test_fast_is_reference(case: OpCase, backend: str, time: int, start: str) ->
     hold(laws.forms(case, case.inputs(2, time), None if start == "none" else case.begin(2), backend))
 
 
-@every_fast_form
+@every_quick_form
 def test_fast_is_reference_beyond_a_segment(case: OpCase, backend: str) -> None:
     hold(laws.forms(case, case.inputs(1, 1200), case.begin(1), backend))
 
@@ -93,21 +99,21 @@ def test_padded_is_alone(case: OpCase, backend: str, start: str, lengths: list[i
 
 @every_form
 @pytest.mark.parametrize("start", ["none", "given"])
-@pytest.mark.parametrize("sizes", [[40], [0, 17, 1, 0, 20, 2, 0], [16, 16, 8], [1] * 40], ids=str)
+@pytest.mark.parametrize("sizes", [[40], [0, 17, 1, 0, 20, 2, 0], [16, 16, 8], [1] * 12], ids=str)
 def test_packed_is_separate(case: OpCase, backend: str, start: str, sizes: list[int]) -> None:
     state = None if start == "none" else case.begin(len(sizes))
-    hold(laws.packing(case, case.inputs(1, 40), state, sizes, backend=backend))
+    hold(laws.packing(case, case.inputs(1, sum(sizes)), state, sizes, backend=backend))
 
 
 @every_form
 def test_packing_nothing(case: OpCase, backend: str) -> None:
     inputs = case.inputs(1, 0)
     state = case.begin(2)
-    y, end = case.call(inputs, state, cu_seqlens=torch.tensor([0, 0, 0]), backend=backend)
+    y, end = case.call(inputs, state, cu_seqlens=torch.tensor([0, 0, 0], device=case.device), backend=backend)
     assert y.shape[1] == 0
     for before, after in zip(laws.leaves_of(state), laws.leaves_of(end), strict=True):
         assert torch.equal(before, after)
-    _, none = case.call(inputs, None, cu_seqlens=torch.tensor([0]), backend=backend)
+    _, none = case.call(inputs, None, cu_seqlens=torch.tensor([0], device=case.device), backend=backend)
     assert all(leaf.shape[0] == 0 for leaf in laws.leaves_of(none))
 
 
@@ -124,7 +130,7 @@ def test_no_time_changes_nothing(case: OpCase, backend: str) -> None:
 @every_form
 def test_a_row_cannot_see_another(case: OpCase, backend: str) -> None:
     inputs, state = case.inputs(3, 40), case.begin(3)
-    order = torch.tensor([2, 0, 1])
+    order = torch.tensor([2, 0, 1], device=case.device)
     y, end = case.call(inputs, state, backend=backend)
     moved = {name: x[order] if name in case.time else x for name, x in inputs.items()}
     y_moved, end_moved = case.call(moved, tree_map(lambda leaf: leaf[order], state), backend=backend)
@@ -148,8 +154,8 @@ def test_nothing_given_is_changed_and_every_run_is_the_same(case: OpCase, backen
     inputs, state = case.inputs(1 if how == "packed" else 3, 40), case.begin(rows)
     extra = {
         "dense": {},
-        "lengths": {"lengths": torch.tensor([3, 40, 0])},
-        "packed": {"cu_seqlens": torch.tensor([0, 19, 40])},
+        "lengths": {"lengths": torch.tensor([3, 40, 0], device=case.device)},
+        "packed": {"cu_seqlens": torch.tensor([0, 19, 40], device=case.device)},
     }[how]
     given = [*inputs.values(), *laws.leaves_of(state), *extra.values()]
     before = [tensor.clone() for tensor in given]
@@ -207,7 +213,7 @@ def test_lower_precision_is_near_the_truth(case: OpCase, backend: str, dtype: to
     hold(pairs, limits.forward, limits.gradient)
 
 
-@every_fast_form
+@every_quick_form
 def test_gradcheck_through_inputs_and_state(case: OpCase, backend: str) -> None:
     inputs, state = case.inputs(1, 5), case.begin(1)
     names = list(inputs)
@@ -249,7 +255,7 @@ def test_registered_operators_pass_opcheck(case: OpCase, backend: str) -> None:
     with recorder:
         y, _ = case.call(inputs, case.begin(2), backend=backend)
         y.sum().backward()
-    if backend == "native" or case.op not in (
+    if backend in ("native", "triton") or case.op not in (
         "token_shift",
         "token_mix",
         "causal_conv1d",
@@ -278,7 +284,7 @@ def test_compiles_whole_and_exports_its_step(case: OpCase, backend: str) -> None
 
     torch._dynamo.reset()
     compiled = torch.compile(whole, fullgraph=True)
-    for lengths in (None, torch.tensor([40, 7])):
+    for lengths in (None, torch.tensor([40, 7], device=case.device)):
         want, got = (f(list(inputs.values()), state, lengths) for f in (whole, compiled))
         hold([laws.Pair("y", got[0], want[0], 1.0)], 1e-5)
     one = [x[:, 0] if name in case.time else x for name, x in inputs.items()]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from statewise.ops import gpu
 from statewise.ops.kernels import library
 
 __all__ = ["BACKENDS", "BackendStatus", "backends", "choose"]
@@ -15,14 +16,14 @@ BACKENDS = ("reference", "torch", "native", "triton")
 
 _PLANNED = {
     "native": "this release has no compiled kernel for it",
-    "triton": "this release has no Triton kernels",
+    "triton": "this release has no Triton kernel for it",
 }
 
 # An operator whose parallel form is its reference (a shift, a convolution window) lists both names all the same:
 # `backend="torch"` must work everywhere.
 _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch", "native"),
-    "causal_conv1d": ("reference", "torch", "native"),
+    "causal_conv1d": ("reference", "torch", "native", "triton"),
     "mamba3": ("reference", "torch"),
     "selective_scan": ("reference", "torch", "native"),
     "ssd": ("reference", "torch", "native"),
@@ -54,7 +55,15 @@ def _status(op: str, name: str, device: torch.device) -> BackendStatus:
         return BackendStatus(False, f"compiled kernels serve the CPU, not {device.type}")
     if name == "native" and _NO_LIBRARY:
         return BackendStatus(False, _NO_LIBRARY)
+    if name == "triton" and (reason := gpu.serves(device)):
+        return BackendStatus(False, reason)
     return BackendStatus(True, "")
+
+
+def _fastest(op: str, device: torch.device) -> str:
+    """Never the interpreter: that is for who asks for it by name."""
+    served = [name for name in _SERVED[op] if name != "triton" or device.type == "cuda"]
+    return next(name for name in reversed(served) if _status(op, name, device).serves)
 
 
 def choose(op: str, requested: str | None, device: torch.device) -> str:
@@ -64,7 +73,7 @@ def choose(op: str, requested: str | None, device: torch.device) -> str:
         ValueError: ``requested`` is unknown or cannot serve. Never falls back.
     """
     if requested is None:
-        return next(name for name in reversed(_SERVED[op]) if _status(op, name, device).serves)
+        return _fastest(op, device)
     if requested not in BACKENDS:
         raise ValueError(f"{op}: backend is {requested!r}; accepted are None, {', '.join(map(repr, BACKENDS))}")
     status = _status(op, requested, device)
@@ -75,4 +84,5 @@ def choose(op: str, requested: str | None, device: torch.device) -> str:
 
 def backends() -> dict[str, dict[str, BackendStatus]]:
     """Operator → backend → whether it serves on this machine and why not."""
-    return {op: {name: _status(op, name, _CPU) for name in BACKENDS} for op in sorted(_SERVED)}
+    here = {"triton": torch.device("cuda") if torch.cuda.is_available() else _CPU}
+    return {op: {name: _status(op, name, here.get(name, _CPU)) for name in BACKENDS} for op in sorted(_SERVED)}

@@ -11,12 +11,13 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from statewise.ops.memory import empty
+from statewise.ops.registration import Some, register_pair
 
 __all__ = [
     "Library",
@@ -130,7 +131,7 @@ def register_kernels(
     shared: Sequence[str],
     state: Sequence[str],
     output: str,
-    sizes: Callable[[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor]], Sequence[int]],
+    sizes: Callable[[Some, Some, Sequence[Tensor]], Sequence[int]],
     kept: Callable[[int, Sequence[Tensor]], tuple[int, ...]] | None = None,
     every: int = 1,
     optional: Sequence[str] = (),
@@ -160,118 +161,69 @@ def register_kernels(
         A function of the inputs, parameters, state and spans that returns y and the new state leaves.
         First derivatives only.
     """
-    function = function or name
-    n_time, n_shared, n_state = len(time), len(shared), len(state)
-    names = [*time, *shared, *state]
-
-    def declare(some: Sequence[str]) -> str:
-        return ", ".join(f"Tensor{'?' if name in optional else ''} {name}" for name in some)
-
-    def sort(tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        return (
-            list(tensors[:n_time]),
-            list(tensors[n_time : n_time + n_shared]),
-            list(tensors[n_time + n_shared : n_time + n_shared + n_state]),
-        )
-
-    def contiguous(tensors: Sequence[Any]) -> list[Any]:
-        return [None if x is None else x.contiguous() for x in tensors]
-
-    def room(keep: bool, tokens: int, rows: int, leaves: Sequence[Tensor]) -> tuple[int, ...]:
-        """Of the states kept: every sequence has the slots it needs, and some have one more."""
-        return kept(tokens // every + rows, leaves) if kept is not None and keep else (0,)
-
-    results = ", ".join(["Tensor"] * (2 + n_state))
-
-    @torch.library.custom_op(
-        f"statewise::{name}_native",
-        mutates_args=(),
+    pair = _Compiled(function or name, tuple(time).index(output), sizes, kept, every)
+    return register_pair(
+        f"{name}_native",
+        pair,
         device_types="cpu",
-        schema=f"({declare(names)}, Tensor spans, bool keep) -> ({results})",
+        time=time,
+        shared=shared,
+        state=state,
+        output=output,
+        where=("Tensor spans",),
+        optional=optional,
     )
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, where, keep = arguments
-        inputs, parameters, leaves = sort(contiguous(tensors))
-        model = inputs[time.index(output)]
-        y = blank_like(model, covers(where, model.shape[0]))
+
+
+class _Compiled(NamedTuple):
+    """A pair of C functions as :class:`~statewise.ops.registration.Pair`; see :func:`register_kernels`."""
+
+    function: str
+    model: int
+    sizes: Callable[[Some, Some, Sequence[Tensor]], Sequence[int]]
+    kept: Callable[[int, Sequence[Tensor]], tuple[int, ...]] | None
+    every: int
+
+    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
+        """Every sequence has the slots it needs, and some have one more."""
+        if self.kept is None:
+            return (0,)
+        return self.kept(inputs[self.model].shape[0] // self.every + where[0].shape[0], leaves)
+
+    def forward(
+        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
+    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        model, spans = inputs[self.model], where[0]
+        rows = spans.shape[0]
+        y = blank_like(model, covers(spans, model.shape[0]))
         ends = [torch.empty_like(leaf) for leaf in leaves]
-        states = empty(room(keep, model.shape[0], where.shape[0], leaves), leaves[0].dtype)
-        where = where.contiguous()
+        states = empty(self.kept_shape(inputs, leaves, where, options) if keep else (0,), leaves[0].dtype)
         if states.numel():  # what an operator returns is never left to chance
             count, bytes_each = states.shape[0], states.nbytes // states.shape[0]
-            call_kernel("clear_unused_slots", model.dtype, where, where.shape[0], every, states, count, bytes_each)
-        known = (*inputs, *parameters, where, where.shape[0], *sizes(inputs, parameters, leaves))
+            call_kernel("clear_unused_slots", model.dtype, spans, rows, self.every, states, count, bytes_each)
+        known = (*inputs, *parameters, spans, rows, *self.sizes(inputs, parameters, leaves))
         keeping = states if states.numel() else None
-        call_kernel(f"{function}_forward", model.dtype, *known, *leaves, y, *ends, keeping)
-        return (y, *ends, states)
+        call_kernel(f"{self.function}_forward", model.dtype, *known, *leaves, y, *ends, keeping)
+        return y, ends, states
 
-    @forward.register_fake
-    def _(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, where, keep = arguments
-        inputs, _, leaves = sort(tensors)
-        model = inputs[time.index(output)]
-        y = torch.empty_like(model, memory_format=torch.contiguous_format)
-        ends = [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
-        return (y, *ends, leaves[0].new_empty(room(keep, model.shape[0], where.shape[0], leaves)))
-
-    derived = ", ".join(["Tensor"] * len(names))
-    grads_in = ", ".join(f"Tensor grad_{n}" for n in ("y", *state))
-
-    @torch.library.custom_op(
-        f"statewise::{name}_native_backward",
-        mutates_args=(),
-        device_types="cpu",
-        schema=f"({declare(names)}, Tensor spans, {declare([f'{s}_end' for s in state])}, Tensor kept, {grads_in})"
-        f" -> ({derived})",
-    )
-    def backward(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, parameters, leaves = sort(contiguous(arguments[: len(names)]))
-        where, *rest = contiguous(arguments[len(names) :])
-        ends, states, grads = rest[:n_state], rest[n_state], rest[n_state + 1 :]
-        model = inputs[time.index(output)]
-        rows, whole = where.shape[0], covers(where, model.shape[0])
-        # An operator cannot return None: an empty tensor, each its own, stands for it.
-        d_inputs = [leaves[0].new_empty(0) if x is None else blank_like(x, whole) for x in inputs]
-        d_parameters = [leaves[0].new_empty(0) if p is None else p.new_empty(rows, *p.shape) for p in parameters]
+    def backward(
+        self,
+        inputs: Some,
+        parameters: Some,
+        leaves: Some,
+        where: Some,
+        options: Some,
+        ends: Some,
+        kept: Tensor,
+        grad_y: Tensor,
+        grad_ends: Some,
+    ) -> tuple[Some, Some, Some]:
+        model, spans = inputs[self.model], where[0]
+        rows, whole = spans.shape[0], covers(spans, model.shape[0])
+        d_inputs = [None if x is None else blank_like(x, whole) for x in inputs]
+        d_parameters = [None if p is None else p.new_empty(rows, *p.shape) for p in parameters]
         d_leaves = [torch.empty_like(leaf) for leaf in leaves]
-        given = [None if p is None else d for p, d in zip([*inputs, *parameters], d_inputs + d_parameters, strict=True)]
-        known = (*inputs, *parameters, where, rows, *sizes(inputs, parameters, leaves))
-        call_kernel(f"{function}_backward", model.dtype, *known, *leaves, *ends, states, *grads, *given, *d_leaves)
-        total = [d if p is None else d.sum(0) for p, d in zip(parameters, d_parameters, strict=True)]
-        return (*d_inputs, *total, *d_leaves)
-
-    @backward.register_fake
-    def _(*arguments: Any) -> tuple[Tensor, ...]:
-        state_like = arguments[len(names) - 1]
-        return tuple(
-            state_like.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-            for x in arguments[: len(names)]
-        )
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, where, keep = inputs
-        if not keep:
-            raise RuntimeError(f"{name}_native: called without `keep`, it cannot be differentiated")
-        ctx.mark_non_differentiable(output[-1])
-        ctx.set_materialize_grads(False)  # no zeros for what is kept
-        ctx.save_for_backward(*tensors, where, *output[1:])
-
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        ends = saved[len(names) + 1 : len(names) + 1 + n_state]
-        given = [
-            torch.zeros_like(like, memory_format=torch.contiguous_format) if grad is None else grad
-            for grad, like in zip(grads[: 1 + n_state], [saved[time.index(output)], *ends], strict=True)
-        ]
-        found = backward(*saved, *given)
-        live = [None if x is None else d for x, d in zip(saved[: len(names)], found, strict=True)]
-        return (*live, None, None)
-
-    forward.register_autograd(differentiate, setup_context=setup_context)
-
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, where = arguments
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        return tuple(forward(*tensors, where, keep)[: 1 + n_state])
-
-    return call
+        known = (*inputs, *parameters, spans, rows, *self.sizes(inputs, parameters, leaves))
+        given = (*known, *leaves, *ends, kept, grad_y, *grad_ends)
+        call_kernel(f"{self.function}_backward", model.dtype, *given, *d_inputs, *d_parameters, *d_leaves)
+        return d_inputs, [None if d is None else d.sum(0) for d in d_parameters], d_leaves

@@ -42,6 +42,7 @@ class OpCase:
         options: further keyword arguments.
         chunk: length of a chunk of the parallel form: where cuts are likeliest to hurt.
         join: makes one tensor of what an operator of several outputs returns.
+        device: where drawn tensors lie; they are drawn on the CPU, so they are the same everywhere.
     """
 
     id: str
@@ -52,6 +53,7 @@ class OpCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     chunk: int = 16
     join: Callable[[Any], Tensor] = _alone
+    device: str = "cpu"
 
     def call(self, inputs: Mapping[str, Tensor], state: Any = None, **how: Any) -> tuple[Tensor, Any]:
         """The whole-sequence form."""
@@ -65,19 +67,19 @@ class OpCase:
 
     def inputs(self, batch: int, time: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
         """Drawn arguments, the same for the same seed."""
-        return self.draw(_sampler(dtype, seed), batch, time)
+        return self.draw(_sampler(dtype, seed, self.device), batch, time)
 
     def begin(self, rows: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Any:
         """A drawn state; accumulation dtype when ``dtype`` is a half type."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return self.state(_sampler(wide, seed), rows)
+        return self.state(_sampler(wide, seed, self.device), rows)
 
 
-def _sampler(dtype: torch.dtype, seed: int) -> Draw:
+def _sampler(dtype: torch.dtype, seed: int, device: str) -> Draw:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     return draw
 

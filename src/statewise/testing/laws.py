@@ -75,7 +75,7 @@ def _outcome(y: Tensor, end: Sequence[Tensor], live: Mapping[str, Tensor], begin
     generator = torch.Generator().manual_seed(7)
     chosen, weights = [], []
     for out in [y, *end]:
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
         # A row that saw nothing keeps its start, whose -inf admits no weighting.
         if out.requires_grad and not bool(torch.isinf(out).any()):
             chosen.append(out)
@@ -143,9 +143,10 @@ def splitting(case: OpCase, inputs: Mapping[str, Tensor], state: Any, pieces: Se
 
 def padding(case: OpCase, inputs: Mapping[str, Tensor], state: Any, lengths: Sequence[int], **how: Any) -> list[Pair]:
     """Each padded row = that row alone, whatever the padding holds (here: NaN), gradients included."""
-    count = torch.tensor(lengths)
+    device = inputs[case.time[0]].device
+    count = torch.tensor(lengths, device=device)
     time = inputs[case.time[0]].shape[1]
-    valid = torch.arange(time) < count[:, None]
+    valid = torch.arange(time, device=device) < count[:, None]
     dirty = {
         name: torch.where(valid.reshape(*valid.shape, *[1] * (x.dim() - 2)), x, torch.nan) if name in case.time else x
         for name, x in inputs.items()
@@ -166,7 +167,7 @@ def padding(case: OpCase, inputs: Mapping[str, Tensor], state: Any, lengths: Seq
 
 def packing(case: OpCase, inputs: Mapping[str, Tensor], state: Any, sizes: Sequence[int], **how: Any) -> list[Pair]:
     """Each packed sequence = that sequence alone, outputs, states and gradients. ``inputs`` have batch 1."""
-    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    bounds = torch.tensor([0, *sizes], device=inputs[case.time[0]].device).cumsum(0)
     packed = run(case, inputs, state, cu_seqlens=bounds, **how)
 
     live, begin = _leafs(inputs, state)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statewise.ops.causal_conv1d import native, parallel, reference
+from statewise.ops.causal_conv1d import native, parallel, reference, triton
 from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes, start_state
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
@@ -45,7 +45,7 @@ def causal_conv1d(
             given to the convolution; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"`` (W up to 8).
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"``, ``"native"`` (W up to 8) or ``"triton"``.
 
     Returns:
         y ``(B, T, C)`` of x's dtype, and the last W-1 samples, float32 (float64 if any input is float64).
@@ -70,6 +70,8 @@ def causal_conv1d(
         where = spans(batch, time, lengths, cu_seqlens)
         y, end = native.causal_conv1d(x.to(activation_dtype(dtype, x)), weight, bias, activation, begin, where)
         return y.to(x.dtype), end
+    if form == "triton":
+        return triton.causal_conv1d(x, weight, bias, activation, begin, lengths, cu_seqlens)
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         (samples,), (window,) = inputs, leaves

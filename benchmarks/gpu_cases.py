@@ -1,0 +1,78 @@
+"""What the GPU kernels are compiled for, counted and measured on: the shapes of published benchmarks.
+
+A case makes the arguments of an operator for any T, so that the same table serves ahead-of-time compilation (a few
+tokens), counting (the real sizes, memory never touched) and measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CASES", "GpuCase"]
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """An operator at a published shape.
+
+    Attributes:
+        op: public name.
+        batch, time: B and T of the benchmark.
+        sizes: by letter, for the table.
+        shapes: argument → its shape by letter, B and T first where it has them.
+        wide: arguments that are float32 beside half activations.
+        options: further keyword arguments.
+        floor: tensors of the size of x that must move at least, forward and forward+backward.
+    """
+
+    op: str
+    batch: int
+    time: int
+    sizes: Mapping[str, int]
+    shapes: Mapping[str, str]
+    wide: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
+    floor: tuple[int, int] = (0, 0)
+
+    @property
+    def label(self) -> str:
+        letters = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        return f"{self.op} B{self.batch} T{self.time} {letters}"
+
+    def arguments(
+        self,
+        make: Callable[..., Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        batch: int | None = None,
+        time: int | None = None,
+    ) -> dict[str, Tensor]:
+        """All tensor arguments, ``make(shape, dtype=, device=)`` each (``torch.empty``, ``torch.randn``)."""
+        size = {**self.sizes, "B": batch or self.batch, "T": time or self.time}
+        return {
+            name: make(
+                [size[letter] for letter in shape.split()],
+                dtype=torch.float32 if name in self.wide and dtype != torch.float64 else dtype,
+                device=device,
+            )
+            for name, shape in self.shapes.items()
+        }
+
+
+CASES: tuple[GpuCase, ...] = (
+    GpuCase(
+        "causal_conv1d",
+        8,
+        4096,
+        {"C": 4096, "W": 4},
+        {"x": "B T C", "weight": "C W", "bias": "C"},
+        wide=("weight", "bias"),
+        options={"activation": "silu"},
+        floor=(2, 5),
+    ),
+)

@@ -1,0 +1,92 @@
+"""Device functions that several kernels share. Imported by kernels alone, so only where triton is.
+
+Legend: L tokens of a chunk. RAGGED is 0 dense, 1 padded, 2 packed (see :mod:`statewise.ops.gpu`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["dot", "first_slot", "locate_row", "locate_slot", "sigmoid", "silu", "softplus"]
+
+
+@triton.jit
+def locate_row(row, time, lengths, cu_seqlens, RAGGED: tl.constexpr):
+    """Where a sequence starts among all tokens (int64), and how many it has."""
+    if RAGGED == 2:
+        start = tl.load(cu_seqlens + row).to(tl.int64)
+        count = tl.load(cu_seqlens + row + 1).to(tl.int64) - start
+    elif RAGGED == 1:
+        start = row.to(tl.int64) * time
+        count = tl.load(lengths + row).to(tl.int64)
+    else:
+        start = row.to(tl.int64) * time
+        count = tl.cast(time, tl.int64)
+    return start, count
+
+
+@triton.jit
+def first_slot(row, time, cu_seqlens, L: tl.constexpr, RAGGED: tl.constexpr):
+    """The slot of a sequence's first chunk (int64)."""
+    if RAGGED == 2:
+        slot = tl.load(cu_seqlens + row).to(tl.int64) // L + row
+    else:
+        slot = row.to(tl.int64) * tl.cdiv(time, L)
+    return slot
+
+
+@triton.jit
+def locate_slot(slot, time, lengths, cu_seqlens, row_of, L: tl.constexpr, RAGGED: tl.constexpr):
+    """Of a slot: its sequence, its place among that sequence's chunks, its first token among all tokens (int64), and
+    how many tokens it has (int64; none or fewer: no such chunk)."""
+    if RAGGED == 2:
+        row = tl.load(row_of + slot).to(tl.int64)
+    else:
+        row = slot.to(tl.int64) // tl.cdiv(time, L)
+    start, count = locate_row(row, time, lengths, cu_seqlens, RAGGED)
+    chunk = slot - first_slot(row, time, cu_seqlens, L, RAGGED)
+    return row, chunk, start + chunk * L, tl.minimum(count - chunk * L, L)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x); no overflow matters: 1 / inf is 0."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), the identity above 20, as torch has it; the small side keeps its digits."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    one = 1.0 + e
+    # log(1 + e) with e's lost digits made good: exact to rounding for any e.
+    small = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
+    return tl.where(x > 20.0, x, small)
+
+
+@triton.jit
+def _round_tf32(x):
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b, in the accumulation dtype; PRECISION as :func:`statewise.ops.gpu.dot_precision` says."""
+    if PRECISION == "bf16":
+        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "bf16-emulated":
+        c = tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), input_precision="ieee")
+    elif PRECISION == "tf32-emulated":
+        c = tl.dot(_round_tf32(a), _round_tf32(b), input_precision="ieee")
+    elif PRECISION == "ieee":
+        c = tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
+    else:
+        c = tl.dot(a, b, input_precision=PRECISION)
+    return c
