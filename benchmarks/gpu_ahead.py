@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_ahead [--capabilities 80,90,100] [--ops wkv7,...] [--out JSON]
 
-Every operator runs on CPU tensors that nobody fills, its launches noted instead of made. Each distinct launch is compiled
-for each architecture, and the assembler's own report read: registers, bytes of stack (spilled registers) and shared
-memory. At the published shape, the tensors of all launches are added up: what is read and written at least once a launch.
+Every operator runs on CPU tensors that nobody fills, its launches noted instead of made. Each distinct launch is
+compiled for each architecture, and the assembler's own report read: registers, bytes of stack (spilled registers) and
+shared memory. At the published shape, the tensors of all launches are added up: what is read and written at least once
+a launch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GPU kernels: a program takes a chunk of one sequence and a block of channels.
 
-Legend: L tokens of a chunk, C channels, W window, CB channels of a program. ``seen(p)`` is the sample at position p of a
-sequence: from x, or, before its start, from the window that came as state.
+Legend: L tokens of a chunk, C channels, W window, CB channels of a program. ``seen(p)`` is the sample at position p of
+a sequence: from x, or, before its start, from the window that came as state.
 
     pre_t = bias + Σ_{j<W} weight[:, W-1-j] seen(t-j)          y = act(pre)
     g = dy act'(pre)        dseen(p) = Σ_j weight[:, W-1-j] g_{p+j}        dweight[:, W-1-j] = Σ_t g_t seen(t-j)
