@@ -35,7 +35,7 @@ def forms(*, without: tuple[str, ...] = ()) -> Any:
 
 every_form = forms()
 every_fast_form = forms(without=("reference",))
-# What the interpreter is too slow for. Its gradients are held to the reference's all the same, and those to differences.
+# What the interpreter is too slow for. Its gradients are held to the reference's, and those to differences.
 every_quick_form = forms(without=("reference", *INTERPRETED))
 
 

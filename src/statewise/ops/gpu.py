@@ -5,8 +5,8 @@ Legend: B rows, T time, L tokens of a chunk, n sequences. Nothing here imports t
 Kernels run on CUDA devices. On a CPU they run in Triton's interpreter, where the environment asks for it
 (``TRITON_INTERPRET=1``) before the first launch: slow, and right, so that every law is checked without a GPU.
 
-A *slot* is a chunk of some sequence. Sequence i of a padded batch owns slots i·⌈T/L⌉ onwards; sequence i of a packed row
-owns slots ⌊start_i/L⌋ + i onwards, which never overlap, so that nothing about lengths has to be known on the host.
+A *slot* is a chunk of some sequence. Sequence i of a padded batch owns slots i·⌈T/L⌉ onwards; sequence i of a packed
+row owns slots ⌊start_i/L⌋ + i onwards, which never overlap, so that nothing about lengths has to be known on the host.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from torch import Tensor
 from statewise.files import atomic_write
 
 __all__ = [
+    "WHERE",
     "Launch",
     "Where",
+    "asked_precise",
     "capture",
     "dot_precision",
     "interpreting",
@@ -38,6 +40,7 @@ __all__ = [
     "tune",
 ]
 
+#: How an operator says where sequences lie: declarations for register_pair.
 WHERE = ("Tensor? lengths", "Tensor? cu_seqlens")
 
 # Asked once, here, and not where an operator is called: torch.compile could not trace that.
@@ -140,7 +143,7 @@ class Where(NamedTuple):
         return self.time, self.lengths, self.cu_seqlens, self.row_of
 
 
-def slot_count(batch: int, time: int, cu_seqlens: Tensor | None, chunk: int) -> int:
+def _slot_count(batch: int, time: int, cu_seqlens: Tensor | None, chunk: int) -> int:
     """Chunks there must be room for."""
     return batch * -(-time // chunk) if cu_seqlens is None else time // chunk + cu_seqlens.shape[0] - 1
 
@@ -150,7 +153,7 @@ def place(model: Tensor, where: Sequence[Tensor | None], chunk: int) -> Where:
     cu_seqlens. Reads nothing back from the device."""
     lengths, cu_seqlens = where
     batch, time = model.shape[:2]
-    slots = slot_count(batch, time, cu_seqlens, chunk)
+    slots = _slot_count(batch, time, cu_seqlens, chunk)
     if cu_seqlens is None:
         return Where(batch, slots, time, lengths, None, None, 0 if lengths is None else 1)
     rows = cu_seqlens.shape[0] - 1
