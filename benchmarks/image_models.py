@@ -4,7 +4,8 @@
 
 Ours are `vrwkv` and `vim`, beside a plain ViT on torch's own attention. All read the same batches in the same order
 (random shifts, mirrored images where the data allow it, label smoothing), with one untuned learning rate and a cosine
-over the time given. Measuring is not counted; reading images is, and is the same for all.
+over the time given. They train in turns of some seconds, so that whatever else the machine does falls on all alike.
+Measuring is not counted; reading images is, and is the same for all.
 """
 
 from __future__ import annotations
@@ -51,51 +52,68 @@ def build(
     return statewise.create(name, width=width, num_layers=3 * layers // 2 if name == "vim" else layers, **sizes)
 
 
-def run_model(
-    name: str, data: ImageSet, config: ImageTrainConfig, preprocessing: Preprocessing, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Train for the minutes given; the curve, the last accuracy, and how fast it went."""
-    assert config.image_size is not None
-    assert config.patch_size is not None
-    sizes = (settings["width"], settings["layers"], config.image_size, config.patch_size)
-    model = build(name, *sizes, data.channels, len(data.classes))
-    optimizer = build_optimizer(model, config)
-    batches = ImageBatches(data, config, preprocessing)
-    budget, spent, step, curve = settings["minutes"] * 60, 0.0, 0, []
-    due = budget / _POINTS
+class Runner:
+    """One model in training: trains when it is its turn, measures itself when due."""
 
-    def measure() -> None:
-        found = measure_accuracy(model, data.test, preprocessing, batch_size=100)
-        curve.append({"seconds": round(spent, 1), "step": step, "top1": found.top1, "top5": found.top5})
-        print(f"{name}: {spent:5.0f} s, step {step}, top-1 {100 * found.top1:.1f} %", flush=True)
+    def __init__(
+        self,
+        name: str,
+        data: ImageSet,
+        config: ImageTrainConfig,
+        preprocessing: Preprocessing,
+        settings: dict[str, Any],
+    ) -> None:
+        assert config.image_size is not None
+        assert config.patch_size is not None
+        sizes = (settings["width"], settings["layers"], config.image_size, config.patch_size)
+        self.name, self.data, self.config, self.preprocessing = name, data, config, preprocessing
+        self.model = build(name, *sizes, data.channels, len(data.classes))
+        self.optimizer = build_optimizer(self.model, config)
+        self.batches = ImageBatches(data, config, preprocessing)
+        self.rate, self.budget = settings["learning_rate"], settings["minutes"] * 60
+        self.spent, self.step = 0.0, 0
+        self.curve: list[dict[str, float]] = []
 
-    model.train()
-    while spent < budget:
-        began = time.perf_counter()
-        share = min(1.0, (step + 1) / _WARMUP_STEPS) * (0.505 + 0.495 * math.cos(math.pi * spent / budget))
-        set_learning_rate(optimizer, settings["learning_rate"] * share)
-        images, targets = batches.read(step)
-        loss = F.cross_entropy(model(images), targets)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0, error_if_nonfinite=True)
-        optimizer.step()
-        spent, step = spent + time.perf_counter() - began, step + 1
-        if spent >= due:
-            measure()
-            due += budget / _POINTS
-    if not curve or curve[-1]["step"] != step:
-        measure()
-    return {
-        "model": name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": step,
-        "images_per_second": round(step * config.batch_size / spent, 1),
-        "epochs": round(batches.epoch(step), 2),
-        "top1": curve[-1]["top1"],
-        "top5": curve[-1]["top5"],
-        "curve": curve,
-    }
+    @property
+    def done(self) -> bool:
+        return self.spent >= self.budget
+
+    def turn(self, seconds: float) -> None:
+        """Train for some seconds, or until the time is over."""
+        until = min(self.spent + seconds, self.budget)
+        self.model.train()
+        while self.spent < until:
+            began = time.perf_counter()
+            cosine = 0.505 + 0.495 * math.cos(math.pi * self.spent / self.budget)
+            set_learning_rate(self.optimizer, self.rate * min(1.0, (self.step + 1) / _WARMUP_STEPS) * cosine)
+            images, targets = self.batches.read(self.step)
+            loss = F.cross_entropy(self.model(images), targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 5.0, error_if_nonfinite=True)
+            self.optimizer.step()
+            self.spent, self.step = self.spent + time.perf_counter() - began, self.step + 1
+        if self.done or self.spent >= self.budget / _POINTS * (len(self.curve) + 1):
+            self._measure()
+
+    def _measure(self) -> None:
+        found = measure_accuracy(self.model, self.data.test, self.preprocessing, batch_size=100)
+        point = {"seconds": round(self.spent, 1), "step": self.step, "top1": found.top1, "top5": found.top5}
+        self.curve.append(point)
+        print(f"{self.name}: {self.spent:5.0f} s, step {self.step}, top-1 {100 * found.top1:.1f} %", flush=True)
+
+    def result(self) -> dict[str, Any]:
+        """The curve, the last accuracy, and how fast it went."""
+        return {
+            "model": self.name,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.step,
+            "images_per_second": round(self.step * self.config.batch_size / self.spent, 1),
+            "epochs": round(self.batches.epoch(self.step), 2),
+            "top1": self.curve[-1]["top1"],
+            "top5": self.curve[-1]["top5"],
+            "curve": self.curve,
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="digits, an .npz or a folder, as `statewise train` takes it")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--minutes", type=float, default=10.0, help="for each model")
+    parser.add_argument("--turn", type=float, default=20.0, help="seconds a model trains before the next has its turn")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--patch-size", type=int, default=4)
@@ -127,16 +146,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert config.image_size is not None
     mean, std = measure_channels(data.train, config.image_size)
     preprocessing = Preprocessing(config.image_size, data.channels, mean, std, data.classes)
-    named = ("minutes", "width", "layers", "batch_size", "learning_rate")
+    named = ("minutes", "turn", "width", "layers", "batch_size", "learning_rate")
     settings = {name: getattr(options, name) for name in named} | {"data": Path(options.data).stem}
     document: dict[str, Any] = {"kind": "image models", "machine": describe(), "settings": settings, "results": []}
-    for name in options.models.split(","):
-        document["results"].append(run_model(name, data, config, preprocessing, settings))
-        if options.out is not None:
-            document["load_after"] = round(os.getloadavg()[0], 2)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(options.out, json.dumps(document, indent=1) + "\n")
-            draw_accuracies(document, options.out.with_suffix(".png"))
+    runners = [Runner(name, data, config, preprocessing, settings) for name in options.models.split(",")]
+    while not all(runner.done for runner in runners):
+        for runner in runners:
+            if not runner.done:
+                runner.turn(options.turn)
+    document["results"] = [runner.result() for runner in runners]
+    if options.out is not None:
+        document["load_after"] = round(os.getloadavg()[0], 2)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(options.out, json.dumps(document, indent=1) + "\n")
+        draw_accuracies(document, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
