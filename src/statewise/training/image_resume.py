@@ -6,9 +6,7 @@ What is random in a step is drawn from the seed and the step's number, so no gen
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from statewise.images import Preprocessing, read_preprocessing
 from statewise.images.preprocessing import FILE
 from statewise.training.image_config import IMAGE_RESUMABLE, ImageTrainConfig
 from statewise.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from statewise.training.record import FILE as RECORD
+from statewise.training.record import check_same_run, read_record, warn_of_other_threads
 from statewise.training.snapshot import verify_snapshot, write_snapshot
 
 __all__ = ["ImageRun", "freeze", "restore_image_run", "save_image_run"]
@@ -78,7 +78,7 @@ def save_image_run(run: ImageRun, out: Path, config: ImageTrainConfig, data_sha2
             weights = {name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()}
             save_file(weights, directory / "training.safetensors")
         (directory / FILE).write_text(run.preprocessing.to_json(), "utf-8")
-        (directory / "trainer.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
     return write_snapshot(out, run.step, fill, keep=config.keep)
 
@@ -94,8 +94,8 @@ def restore_image_run(path: Path, config: ImageTrainConfig, data_sha256: str) ->
     from safetensors.torch import load_file
 
     verify_snapshot(path)
-    record = _read_record(path / "trainer.json")
-    _check_same_run(path, record, config, data_sha256)
+    record = read_record(path, _RECORD)
+    check_same_run(path, record, config, IMAGE_RESUMABLE, ("data_sha256", data_sha256, "images"))
     device = torch.device(config.device)
     measured: Any = models.load(path)
     try:
@@ -112,12 +112,7 @@ def restore_image_run(path: Path, config: ImageTrainConfig, data_sha256: str) ->
         restore_optimizer(optimizer, model, load_file(path / "optimizer.safetensors"))
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise SnapshotError(f"{path}: does not fit its own model: {error}") from error
-    if record["threads"] != torch.get_num_threads():
-        warnings.warn(
-            f"this run began with {record['threads']} threads and continues with {torch.get_num_threads()}: "
-            "sums may be split differently, and the last bits of the result with them",
-            stacklevel=3,
-        )
+    warn_of_other_threads(record)
     return ImageRun(
         model,
         average,
@@ -146,36 +141,3 @@ _RECORD = {
     "data_sha256": str,
     "threads": int,
 }
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SnapshotError(f"{path}: {error}") from error
-    if not isinstance(record, dict):
-        raise SnapshotError(f"{path}: holds a {type(record).__name__}, expected an object")
-    for name, kind in _RECORD.items():
-        if type(record.get(name)) is not kind:
-            raise SnapshotError(f"{path}: {name} is {record.get(name)!r}, expected {kind.__name__}")
-    return record
-
-
-def _check_same_run(path: Path, record: dict[str, Any], config: ImageTrainConfig, data_sha256: str) -> None:
-    try:
-        before = ImageTrainConfig.from_dict(record["config"])
-    except ValueError as error:
-        raise SnapshotError(f"{path / 'trainer.json'}: {error}") from error
-    for spec in dataclasses.fields(ImageTrainConfig):
-        was, now = getattr(before, spec.name), getattr(config, spec.name)
-        if was != now and spec.name not in IMAGE_RESUMABLE:
-            raise ValueError(
-                f"{spec.name} is {now!r}, but the run in {path.parent.parent} has {was!r}; "
-                f"only {', '.join(IMAGE_RESUMABLE)} may change on resume"
-            )
-    if record["data_sha256"] != data_sha256:
-        raise ValueError(
-            f"data {config.data!r} does not hold the images that the run in {path.parent.parent} began with"
-        )
-    if config.steps < record["step"]:
-        raise ValueError(f"steps is {config.steps}, but {path.name} has done {record['step']}; give that many or more")

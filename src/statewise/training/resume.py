@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from statewise.errors import SnapshotError
 from statewise.state import ModelState, load_state
 from statewise.training.config import RESUMABLE, TrainConfig
 from statewise.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from statewise.training.record import FILE as RECORD
+from statewise.training.record import check_same_run, read_record, warn_of_other_threads
 from statewise.training.snapshot import verify_snapshot, write_snapshot
 
 __all__ = ["Run", "restore_run", "save_run"]
@@ -68,7 +68,7 @@ def save_run(run: Run, out: Path, config: TrainConfig, tokens_sha256: str) -> Pa
         save_file(_random_state(), directory / "random.safetensors")
         if run.state is not None:
             run.state.save(directory / "state.safetensors")
-        (directory / "trainer.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
     return write_snapshot(out, run.step, fill, keep=config.keep)
 
@@ -84,8 +84,8 @@ def restore_run(path: Path, config: TrainConfig, tokens_sha256: str) -> Run:
     from safetensors.torch import load_file
 
     verify_snapshot(path)
-    record = _read_record(path / "trainer.json")
-    _check_same_run(path, record, config, tokens_sha256)
+    record = read_record(path, _RECORD)
+    check_same_run(path, record, config, RESUMABLE, ("tokens_sha256", tokens_sha256, "text"))
     device = torch.device(config.device)
     model: nn.Module = models.load(path).to(device)
     optimizer = build_optimizer(model, config)
@@ -95,12 +95,7 @@ def restore_run(path: Path, config: TrainConfig, tokens_sha256: str) -> Run:
         _set_random_state(load_file(path / "random.safetensors"))
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise SnapshotError(f"{path}: does not fit its own model: {error}") from error
-    if record["threads"] != torch.get_num_threads():
-        warnings.warn(
-            f"this run began with {record['threads']} threads and continues with {torch.get_num_threads()}: "
-            "sums may be split differently, and the last bits of the result with them",
-            stacklevel=3,
-        )
+    warn_of_other_threads(record)
     return Run(
         model, optimizer, record["step"], record["loss_sum"], record["loss_count"], state, float(record["seconds"])
     )
@@ -117,37 +112,6 @@ _RECORD = {
     "torch": str,
     "threads": int,
 }
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SnapshotError(f"{path}: {error}") from error
-    if not isinstance(record, dict):
-        raise SnapshotError(f"{path}: holds a {type(record).__name__}, expected an object")
-    for name, kind in _RECORD.items():
-        if type(record.get(name)) is not kind:
-            raise SnapshotError(f"{path}: {name} is {record.get(name)!r}, expected {kind.__name__}")
-    return record
-
-
-def _check_same_run(path: Path, record: dict[str, Any], config: TrainConfig, tokens_sha256: str) -> None:
-    try:
-        before = TrainConfig.from_dict(record["config"])
-    except ValueError as error:
-        raise SnapshotError(f"{path / 'trainer.json'}: {error}") from error
-    for spec in dataclasses.fields(TrainConfig):
-        was, now = getattr(before, spec.name), getattr(config, spec.name)
-        if was != now and spec.name not in RESUMABLE:
-            raise ValueError(
-                f"{spec.name} is {now!r}, but the run in {path.parent.parent} has {was!r}; "
-                f"only {', '.join(RESUMABLE)} may change on resume"
-            )
-    if record["tokens_sha256"] != tokens_sha256:
-        raise ValueError(f"data {config.data!r} does not hold the text that the run in {path.parent.parent} began with")
-    if config.steps < record["step"]:
-        raise ValueError(f"steps is {config.steps}, but {path.name} has done {record['step']}; give that many or more")
 
 
 def _random_state() -> dict[str, Tensor]:
