@@ -19,6 +19,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
+from statewise.ops.steps import STEPS, by_kernel
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
@@ -103,9 +104,12 @@ def causal_conv1d_step(
     """One sample: x ``(B, C)`` → y ``(B, C)`` and the window after it. Otherwise as :func:`causal_conv1d`."""
     op = "causal_conv1d_step"
     batch, _, width = _check(op, x, "B C", weight, bias, activation)
-    choose("causal_conv1d", backend, x.device)
+    form = choose("causal_conv1d", backend, x.device)
     dtype = accumulation_dtype(x, weight, bias)
     window = start_state(op, state, (batch, width - 1, x.shape[-1]), x, dtype)
+    if by_kernel(form, backend, x, weight, bias, window):
+        y, window = STEPS["causal_conv1d"].pure(x, weight, bias, window, activation)
+        return y, window
     y, window = reference.step(
         x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), activation, window
     )

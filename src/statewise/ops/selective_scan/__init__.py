@@ -22,6 +22,7 @@ from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
 from statewise.ops.selective_scan import native, parallel, reference
+from statewise.ops.steps import STEPS, by_kernel
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
@@ -123,9 +124,12 @@ def selective_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: no T axis anywhere, y ``(batch, channels)``. Otherwise as :func:`selective_scan`."""
     batch, _, channels, N = _check("selective_scan_step", "batch", x, dt, A, B, C, D, z, dt_bias)
-    choose("selective_scan", backend, x.device)
+    form = choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = start_state("selective_scan_step", state, (batch, channels, N), x, dtype)
+    if by_kernel(form, backend, x, dt, A, B, C, D, z, dt_bias, begin):
+        y, end = STEPS["selective_scan"].pure(x, dt, A, B, C, D, z, dt_bias, begin, dt_softplus)
+        return y, end
     if B.dim() == 2:
         B, C = B[:, None], C[:, None]
     x_ = x.to(dtype)

@@ -23,6 +23,7 @@ from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
 from statewise.ops.ssd import native, parallel, reference
+from statewise.ops.steps import STEPS, by_kernel
 
 __all__ = ["ssd", "ssd_step"]
 
@@ -128,9 +129,12 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: no T axis anywhere, y ``(batch, H, P)``. Otherwise as :func:`ssd`."""
     sizes = _check("ssd_step", "batch", x, dt, A, B, C, D, z, dt_bias, dt_limit)
-    choose("ssd", backend, x.device)
+    form = choose("ssd", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = start_state("ssd_step", state, (sizes["batch"], sizes["H"], sizes["P"], sizes["N"]), x, dtype)
+    if by_kernel(form, backend, x, dt, A, B, C, D, z, dt_bias, begin):
+        y, end = STEPS["ssd"].pure(x, dt, A, B, C, D, z, dt_bias, begin, dt_softplus, list(dt_limit))
+        return y, end
     x_, size = x.to(dtype), _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
     y, end = reference.step(x_, size, A.to(dtype), B.to(dtype), C.to(dtype), begin)
     return _finish(y, x_, D, None if z is None else z.to(dtype)).to(x.dtype), end

@@ -19,6 +19,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
+from statewise.ops.steps import STEPS, by_kernel
 from statewise.ops.wkv4 import native, parallel, reference
 from statewise.state import WKV4State
 
@@ -95,9 +96,12 @@ def wkv4_step(
 ) -> tuple[Tensor, WKV4State]:
     """One token: k, v ``(B, C)`` → y ``(B, C)`` and the state after it. Otherwise as :func:`wkv4`."""
     sizes = check_shapes("wkv4_step", k=(k, "B C"), v=(v, "B C"), log_w=(log_w, "C"), u=(u, "C"))
-    choose("wkv4", backend, k.device)
+    form = choose("wkv4", backend, k.device)
     dtype = accumulation_dtype(k, v, log_w, u)
     begin = _start("wkv4_step", state, sizes["B"], k, dtype)
+    if by_kernel(form, backend, k, v, log_w, u, *begin):
+        y, *leaves = STEPS["wkv4"].pure(k, v, log_w, u, *begin)
+        return y, WKV4State(*leaves)
     y, end = reference.step(k.to(dtype), v.to(dtype), log_w.to(dtype), u.to(dtype), begin)
     return y.to(v.dtype), end
 

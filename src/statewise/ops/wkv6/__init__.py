@@ -23,6 +23,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
+from statewise.ops.steps import STEPS, by_kernel
 from statewise.ops.wkv6 import native, parallel, reference
 
 __all__ = ["wkv6", "wkv6_step"]
@@ -125,9 +126,12 @@ def wkv6_step(
         log_w=(log_w, _letters(log_w, "B H K")),
         u=(u, _letters(u, "H K")),
     )
-    choose("wkv6", backend, r.device)
+    form = choose("wkv6", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, u)
     begin = start_state("wkv6_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
+    if by_kernel(form, backend, r, log_w, k, v, u, begin):
+        y, end = STEPS["wkv6"].pure(r, log_w, k, v, u, begin)
+        return y, end
     decay, bonus = (_rows_of_heads(x, sizes["K"]).to(dtype) for x in (log_w, u))
     y, end = reference.step(r.to(dtype), decay, k.to(dtype), v.to(dtype), bonus, begin)
     return y.to(v.dtype), end

@@ -21,6 +21,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
+from statewise.ops.steps import STEPS, by_kernel
 from statewise.ops.wkv7 import native, parallel, reference
 
 __all__ = ["wkv7", "wkv7_step"]
@@ -119,8 +120,11 @@ def wkv7_step(
         a=(a, "B H K"),
         b=(b, "B H K"),
     )
-    choose("wkv7", backend, r.device)
+    form = choose("wkv7", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, a, b)
     begin = start_state("wkv7_step", state, (sizes["B"], sizes["H"], sizes["K"], sizes["V"]), v, dtype)
+    if by_kernel(form, backend, r, log_w, k, v, a, b, begin):
+        y, end = STEPS["wkv7"].pure(r, log_w, k, v, a, b, begin)
+        return y, end
     y, end = reference.step([x.to(dtype) for x in (r, log_w, k, v, a, b)], begin)
     return y.to(v.dtype), end
