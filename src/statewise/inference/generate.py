@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from statewise.inference.sampling import SamplingRule, choose_token
+from statewise.inference.step_graph import StepGraph, capture_on_device
 from statewise.state import ModelState
 
 __all__ = ["Generation", "LanguageModel", "fit_state", "generate", "read_tokens"]
@@ -17,6 +19,8 @@ __all__ = ["Generation", "LanguageModel", "fit_state", "generate", "read_tokens"
 # Logits of one chunk of the prompt are held at once: this many values, 64 MiB in float32.
 _LOGITS_AT_ONCE = 1 << 24
 _LONGEST_CHUNK = 1024
+# Capturing a step takes the time of several: a shorter run is over sooner without.
+_WORTH_A_GRAPH = 32
 
 
 class LanguageModel(Protocol):
@@ -59,6 +63,7 @@ def generate(
     state: ModelState | None = None,
     vocab_size: int | None = None,
     suppress: Iterable[int] = (),
+    cuda_graph: bool | None = None,
 ) -> Generation:
     """Continue ``prompt_ids`` token by token.
 
@@ -77,6 +82,9 @@ def generate(
             rows. ``None`` leaves all rows to choose from, as does a number above theirs.
         suppress: ids that are never sampled, such as a tokenizer's ``unused_ids``; those the model has not are passed
             over. What is masked in either way stays allowed in the prompt.
+        cuda_graph: whether steps are replayed from a :class:`~statewise.inference.step_graph.StepGraph`, which gives
+            what they give without, in less time. ``None``: on a CUDA device, from 32 tokens on, and a step that cannot
+            be captured is warned of and run without. ``True``: always, or an error.
 
     Returns:
         An iterator of ids. Its ``.state`` has at any time read everything given and sampled but the last token,
@@ -84,7 +92,8 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, an id outside the model's vocabulary, a state of other sizes, a sampling value
-            out of range, no id left to choose, or logits that hold NaN.
+            out of range, no id left to choose, logits that hold NaN, or ``cuda_graph=True`` off a CUDA device.
+        RuntimeError: ``cuda_graph=True``, and the model's step cannot be captured.
     """
     return Generation(
         model,
@@ -96,6 +105,7 @@ def generate(
         state=state,
         vocab_size=vocab_size,
         suppress=suppress,
+        cuda_graph=cuda_graph,
     )
 
 
@@ -116,6 +126,7 @@ class Generation(Iterator[int]):
         state: ModelState | None,
         vocab_size: int | None,
         suppress: Iterable[int],
+        cuda_graph: bool | None,
     ) -> None:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
             raise ValueError(f"max_tokens is {max_tokens!r}; an integer of 0 or more is accepted")
@@ -131,6 +142,12 @@ class Generation(Iterator[int]):
         self._unread = False
         self._generator = None if seed is None else torch.Generator().manual_seed(_checked_seed(seed))
         device = next(model.parameters()).device
+        if cuda_graph and not _has_graphs(device):
+            raise ValueError(f"cuda_graph is True, and the model lies on {device}; None and False are accepted there")
+        self._graph: StepGraph | None = None
+        self._graph_is_asked_for = cuda_graph is True
+        enough = self._graph_is_asked_for or max_tokens >= _WORTH_A_GRAPH
+        self._wants_graph = cuda_graph is not False and enough and _has_graphs(device)
         self._logits, self._state = read_tokens(model, prompt.to(device), state)
         self._masked = _mask(self._logits, vocab_size, masked)
         self._counts = torch.zeros(self._logits.shape[0], dtype=torch.int64) if rule.counts_tokens else None
@@ -138,7 +155,7 @@ class Generation(Iterator[int]):
     @property
     def state(self) -> ModelState:
         """Has read everything given and sampled but the last token; one row. No graph hangs on it."""
-        return self._state
+        return self._state if self._graph is None else self._graph.state
 
     @property
     def pending(self) -> int | None:
@@ -153,10 +170,7 @@ class Generation(Iterator[int]):
         if self._left == 0:
             raise StopIteration
         if self._unread:
-            with torch.no_grad():
-                token = torch.tensor([self._pending], device=self._logits.device)
-                logits, self._state = self._model.step(token, self._state)
-            self._logits = logits[0]
+            self._logits = self._read(torch.tensor([self._pending]))
             self._unread = False
         logits = self._logits
         if self._masked is not None:
@@ -170,6 +184,30 @@ class Generation(Iterator[int]):
             self._counts[chosen] += 1
         self._left -= 1
         return chosen
+
+    def _read(self, token: Tensor) -> Tensor:
+        """Take one more token into the state; its logits ``(vocab,)``."""
+        if self._wants_graph:
+            self._wants_graph = False
+            try:
+                self._graph = StepGraph(self._model, self._state, capture=capture_on_device)
+            except RuntimeError as error:
+                if self._graph_is_asked_for:
+                    raise
+                warnings.warn(
+                    f"the step of this {type(self._model).__name__} runs kernel by kernel: it cannot be captured as a "
+                    f"CUDA graph ({str(error).splitlines()[0]}); cuda_graph=False says so beforehand",
+                    stacklevel=3,
+                )
+        if self._graph is not None:
+            return self._graph.step(token)[0]
+        with torch.no_grad():
+            logits, self._state = self._model.step(token.to(self._logits.device), self._state)
+        return logits[0]
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def read_tokens(model: LanguageModel, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statewise.ops.checks import values_are_read
 from statewise.state import ModelState
 from statewise.weights.contents import same_values
 
@@ -29,8 +30,8 @@ def check_call(model: nn.Module, tokens: Tensor, state: ModelState | None, kind:
     assert not isinstance(config, Tensor | nn.Module)
     if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
         raise ValueError(f"{name}: tokens have dtype {tokens.dtype}; accepted are integers")
-    if not torch.compiler.is_compiling() and tokens.numel():
-        low, high = int(tokens.min()), int(tokens.max())
+    if values_are_read() and tokens.numel():
+        low, high = torch.stack(torch.aminmax(tokens)).tolist()  # one wait for the device, not two
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"{name}: token {low if low < 0 else high} is outside the vocabulary; "

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "activation_dtype", "check_shapes", "check_state", "start_state"]
+__all__ = [
+    "accumulation_dtype",
+    "activation_dtype",
+    "check_shapes",
+    "check_state",
+    "start_state",
+    "trusting_values",
+    "values_are_read",
+]
+
+_trusting = ContextVar("trusting", default=False)
+
+
+@contextmanager
+def trusting_values() -> Iterator[None]:
+    """Tokens and targets are taken as they are: for a caller who knows that they are in range.
+
+    To read a value is to wait for the device it lies on, and while a CUDA graph is captured it cannot be done.
+    """
+    token = _trusting.set(True)
+    try:
+        yield
+    finally:
+        _trusting.reset(token)
+
+
+def values_are_read() -> bool:
+    """Whether checks may look at the values of tensors: not while tracing, and not where they are trusted."""
+    return not torch.compiler.is_compiling() and not _trusting.get()
 
 
 def check_shapes(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:

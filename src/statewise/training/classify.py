@@ -186,8 +186,8 @@ class _Trainer:
             logits = run.model(images)
         loss = F.cross_entropy(logits.float(), targets)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(list(run.model.parameters()), config.grad_clip or math.inf).item()
-        value = loss.item()
+        size = torch.nn.utils.clip_grad_norm_(list(run.model.parameters()), config.grad_clip or math.inf)
+        value, norm = torch.stack([loss.detach(), size]).tolist()  # the one wait for the device in a step
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise DivergenceError(
                 f"step {run.step + 1}: the loss is {value} and the norm of the gradient {norm}; stopped before "

@@ -138,6 +138,8 @@ class TrainConfig(WrittenConfig):
     """bfloat16 runs the model under autocast; parameters, optimiser, state and loss stay float32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile every block, which takes a minute or so and a C++ compiler (on a GPU, Triton), and pays there."""
     log_every: int = 10
     """Steps between records of metrics.jsonl."""
     save_every: int = 500

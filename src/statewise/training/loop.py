@@ -22,10 +22,13 @@ import torch
 from statewise import models
 from statewise.errors import SnapshotError
 from statewise.files import atomic_write
+from statewise.ops.checks import trusting_values
+from statewise.training.compiled import compile_blocks
 from statewise.training.config import TrainConfig
 from statewise.training.data import Batches, Streams, TokenizedText, Windows, load_tokens
 from statewise.training.directory import check_out, hold_run
 from statewise.training.display import Display
+from statewise.training.feed import Feed
 from statewise.training.loss import language_model_loss
 from statewise.training.metrics import EventFile, MetricsFile, Record, cut_metrics, read_metrics
 from statewise.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -130,6 +133,7 @@ class _Trainer:
         self.config, self.out, self.text, self.batches = config, out, text, batches
         self.run, self.snapshot = run, snapshot
         self.device = torch.device(config.device)
+        self.feed = Feed(batches, self.device)
         self.metrics = stack.enter_context(MetricsFile(out / "metrics.jsonl"))
         self.events: EventFile | None = None
         if config.tensorboard:
@@ -141,6 +145,8 @@ class _Trainer:
         self.plotted = self.began
         if config.grad_checkpointing:
             run.model.set_grad_checkpointing(True)
+        if config.compile:
+            compile_blocks(run.model)
 
     def run_steps(self, show: Callable[[Mapping[str, Any]], None], stopping: Callable[[], bool]) -> bool:
         """Step, record and save until the end or a signal; True for a signal."""
@@ -171,21 +177,23 @@ class _Trainer:
         model, count = run.model, config.accumulate
         assert config.l2wrap is not None
         run.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        found: list[torch.Tensor] = []
         for index in range(run.step * count, (run.step + 1) * count):
-            inputs, targets, fresh = self.batches.read(index)
-            inputs, targets = inputs.to(self.device), targets.to(self.device)
+            inputs, targets, fresh = self.feed.take(index)
             before = None if fresh else run.state
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                logits, state = model(inputs, before)
-            loss = language_model_loss(logits, targets, l2wrap=config.l2wrap)
+            with trusting_values():  # what the text holds was looked at when the run began
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                    logits, state = model(inputs, before)
+                loss = language_model_loss(logits, targets, l2wrap=config.l2wrap)
             torch.autograd.backward(loss / count)
             run.state = state.detach() if config.carry_state else None
-            total += loss.item()
-        parameters = list(model.parameters())
-        limit = config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-        loss_mean = total / count
+            found.append(loss.detach())
+        found.append(torch.nn.utils.clip_grad_norm_(list(model.parameters()), config.grad_clip or math.inf))
+        if run.step + 1 < config.steps:
+            self.feed.prepare((run.step + 1) * count)
+        # The one wait for the device in a step: until here it was only told what to do.
+        *losses, norm = torch.stack(found).tolist()
+        loss_mean = sum(losses) / count
         if not (math.isfinite(loss_mean) and math.isfinite(norm)):
             raise DivergenceError(
                 f"step {run.step + 1}: the loss is {loss_mean} and the norm of the gradient {norm}; stopped before "

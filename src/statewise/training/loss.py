@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from statewise.ops.checks import values_are_read
+
 __all__ = ["language_model_loss"]
 
 # Positions are worked through in slices of this many logits: what is widened to float32 at a time stays small.
@@ -38,7 +40,8 @@ def language_model_loss(logits: Tensor, targets: Tensor, *, l2wrap: float = 0.0,
         A scalar, float32 (float64 for float64 logits); 0 when every position is ignored.
 
     Raises:
-        ValueError: shapes that do not fit, or a target out of range (not looked for inside ``torch.compile``).
+        ValueError: shapes that do not fit, or a target out of range (not looked for inside ``torch.compile``,
+            nor inside :func:`statewise.ops.checks.trusting_values`).
     """
     if logits.dim() < 1 or not logits.dtype.is_floating_point:
         raise ValueError(f"logits have dtype {logits.dtype} and shape {tuple(logits.shape)}; need floats (..., V)")
@@ -52,7 +55,7 @@ def language_model_loss(logits: Tensor, targets: Tensor, *, l2wrap: float = 0.0,
         raise ValueError(f"l2wrap is {l2wrap}; a finite number of 0 or more is accepted")
     vocab = logits.shape[-1]
     flat, wanted = logits.reshape(-1, vocab), targets.reshape(-1).long()
-    if not torch.compiler.is_compiling():
+    if values_are_read():
         outside = ((wanted < 0) | (wanted >= vocab)) & (wanted != ignore_index)
         if bool(outside.any()):
             raise ValueError(
