@@ -108,7 +108,7 @@ def test_verify_passes_sound_models(command: Command, any_checkpoint: Path) -> N
     told = command("verify", any_checkpoint, "--length", 20, "--json")
     assert told.code == 0
     assert told.json["ok"] is True
-    assert len(told.json["laws"]) == 10
+    assert len(told.json["laws"]) == 11
     assert all(law["ok"] for law in told.json["laws"])
 
 
@@ -128,13 +128,21 @@ def test_verify_exits_with_1_on_a_failure(command: Command, checkpoint: Path, mo
 
 
 def test_verify_tells_the_names_it_knows(refused: Refused) -> None:
-    assert f"names are {', '.join(statewise.list_models('language'))}" in refused("verify", "rwkv99")
+    assert f"names are {', '.join(statewise.list_models())}" in refused("verify", "rwkv99")
 
 
 def test_verify_takes_a_name_and_a_dtype(command: Command) -> None:
     told = command("verify", "rwkv4", "--length", 10, "--dtype", "float32")
     assert told.code == 0
     assert told.out.splitlines()[0] == "rwkv4, float32 on cpu"
+
+
+@pytest.mark.parametrize("name", ["vrwkv_tiny", "vim_tiny"])
+def test_verify_knows_models_of_images(command: Command, name: str) -> None:
+    told = command("verify", name, "--json")
+    assert told.code == 0
+    assert len(told.json["laws"]) == 8
+    assert all(law["ok"] for law in told.json["laws"])
 
 
 def test_evaluate_tells_bits_beside_the_yardsticks(command: Command, any_checkpoint: Path, text: Path) -> None:

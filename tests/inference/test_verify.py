@@ -25,6 +25,7 @@ LAWS = {
     "state saved and loaded",
     "state rows chosen and stacked",
     "gradients through a split = whole",
+    "fast kernels = reference",
 }
 
 

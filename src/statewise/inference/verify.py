@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from statewise.ops.dispatch import prefer
 from statewise.state import ModelState, load_state, stack
 
-__all__ = ["LawResult", "stir", "verify"]
+__all__ = ["BOUNDS", "LawResult", "bound_of", "difference", "run_laws", "stir", "verify"]
 
-# Two orders of the same sums may differ by this much. A lower precision rounds activations between the blocks, so
-# what is bounded there is how far rounding is blown up, not the forms themselves: float64 is the strict test.
-_BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+#: Two orders of the same sums may differ by this much. A lower precision rounds activations between the blocks, so
+#: what is bounded there is how far rounding is blown up, not the forms themselves: float64 is the strict test.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 _SMALLEST_SCALE = 1e-3
 
 
@@ -68,12 +69,9 @@ def verify(
     """
     if length < 4 or batch_size < 2:
         raise ValueError(f"length is {length} and batch_size {batch_size}; at least 4 and 2 are accepted")
-    dtype = next(model.parameters()).dtype
-    if dtype not in _BOUNDS:
-        raise ValueError(f"the model's dtype is {dtype}; accepted are {', '.join(map(str, _BOUNDS))}")
+    bound = bound_of(model)
     subject = _Subject(model, length, batch_size, cuts, seed)
-    bound = _BOUNDS[dtype]
-    laws: list[tuple[str, Callable[[], float], float]] = [
+    laws = [
         ("split anywhere = whole", subject.split, bound),
         ("token by token = whole", subject.steps, bound),
         ("padded = alone", subject.padded, bound),
@@ -84,7 +82,27 @@ def verify(
         ("state saved and loaded", subject.saved, 0.0),
         ("state rows chosen and stacked", subject.stacked, 0.0),
         ("gradients through a split = whole", subject.gradients, bound),
+        ("fast kernels = reference", subject.reference, bound),
     ]
+    return run_laws(laws, progress)
+
+
+def bound_of(model: nn.Module) -> float:
+    """How far two forms of ``model`` may differ in its dtype.
+
+    Raises:
+        ValueError: a dtype without a bound.
+    """
+    dtype = next(model.parameters()).dtype
+    if dtype not in BOUNDS:
+        raise ValueError(f"the model's dtype is {dtype}; accepted are {', '.join(map(str, BOUNDS))}")
+    return BOUNDS[dtype]
+
+
+def run_laws(
+    laws: Sequence[tuple[str, Callable[[], float], float]], progress: Callable[[str], None] | None
+) -> list[LawResult]:
+    """(name, what measures it, its bound) → one row a law; ``progress`` is told each name before it runs."""
     results = []
     for name, law, limit in laws:
         if progress is not None:
@@ -131,7 +149,7 @@ class _Subject:
     def split(self) -> float:
         worst = 0.0
         for pieces in [(cut, self.length - cut) for cut in self.cuts] + [tuple(_gaps(self.cuts))]:
-            worst = max(worst, _difference(self._in_pieces(pieces), self.whole))
+            worst = max(worst, difference(self._in_pieces(pieces), self.whole))
         return worst
 
     def _in_pieces(self, pieces: Sequence[int]) -> tuple[Tensor, ModelState]:
@@ -147,7 +165,7 @@ class _Subject:
         for token in self.tokens.unbind(1):
             logits, state = self.model.step(token, state)
             outputs.append(logits)
-        return _difference((torch.stack(outputs, dim=1), state), self.whole)
+        return difference((torch.stack(outputs, dim=1), state), self.whole)
 
     @torch.no_grad()
     def padded(self) -> float:
@@ -156,7 +174,7 @@ class _Subject:
             given = torch.tensor(lengths, device=self.device)
             logits, state = self.model(self.tokens, self.start, lengths=given)
             for row, (size, after) in enumerate(zip(lengths, state.split(), strict=True)):
-                worst = max(worst, _difference((logits[row : row + 1, :size], after), self._alone(row, size)))
+                worst = max(worst, difference((logits[row : row + 1, :size], after), self._alone(row, size)))
         return worst
 
     def _ragged_lengths(self) -> list[list[int]]:
@@ -178,20 +196,20 @@ class _Subject:
             logits, state = self.model(row, self.start, cu_seqlens=bounds)
             parts = torch.split(logits[0], sizes)
             for index, (size, after) in enumerate(zip(sizes, state.split(), strict=True)):
-                worst = max(worst, _difference((parts[index][None], after), self._alone(index, size)))
+                worst = max(worst, difference((parts[index][None], after), self._alone(index, size)))
         return worst
 
     @torch.no_grad()
     def rows(self) -> float:
         logits, state = self.whole
         return max(
-            _difference((logits[row : row + 1], after), self._alone(row, self.length))
+            difference((logits[row : row + 1], after), self._alone(row, self.length))
             for row, after in enumerate(state.split())
         )
 
     @torch.no_grad()
     def fresh(self) -> float:
-        return _difference(self.model(self.tokens), self.model(self.tokens, self.model.init_state(self.batch_size)))
+        return difference(self.model(self.tokens), self.model(self.tokens, self.model.init_state(self.batch_size)))
 
     def untouched(self) -> float:
         tokens, start, frozen = self.tokens.clone(), self.start.clone(), self.start.clone()
@@ -207,7 +225,7 @@ class _Subject:
         total = torch.stack([leaf.to(logits.dtype) for leaf in backward]).sum()
         torch.autograd.grad(total, self._trained(), allow_unused=True)
         pairs = [(start, frozen), (after, kept), (tokens.to(logits.dtype), self.tokens.to(logits.dtype))]
-        return max(_difference(now, before) for now, before in pairs)
+        return max(difference(now, before) for now, before in pairs)
 
     @torch.no_grad()
     def saved(self) -> float:
@@ -219,14 +237,14 @@ class _Subject:
         same_kinds = [leaf.dtype for leaf in pytree.tree_leaves(state)] == [
             leaf.dtype for leaf in pytree.tree_leaves(loaded)
         ]
-        return _difference(loaded, state.to("cpu")) if same_kinds else float("inf")
+        return difference(loaded, state.to("cpu")) if same_kinds else float("inf")
 
     @torch.no_grad()
     def stacked(self) -> float:
         _, state = self.whole
         order = list(reversed(range(self.batch_size)))
         turned = stack([state.split()[row] for row in order])
-        return max(_difference(turned, state.select(order)), _difference(turned.select(order), state))
+        return max(difference(turned, state.select(order)), difference(turned.select(order), state))
 
     def gradients(self) -> float:
         logits, state = self.whole
@@ -241,9 +259,15 @@ class _Subject:
             return list(torch.autograd.grad(total, self._trained(), allow_unused=True, materialize_grads=True))
 
         with torch.enable_grad():
-            return _difference(
+            return difference(
                 gradients(self._in_pieces(_gaps(self.cuts))), gradients(self.model(self.tokens, self.start))
             )
+
+    @torch.no_grad()
+    def reference(self) -> float:
+        with prefer("reference"):
+            slow = self.model(self.tokens, self.start)
+        return difference(slow, self.whole)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -254,7 +278,7 @@ def _gaps(cuts: Iterable[int]) -> list[int]:
     return [later - earlier for earlier, later in itertools.pairwise(marks)]
 
 
-def _difference(given: Any, wanted: Any) -> float:
+def difference(given: Any, wanted: Any) -> float:
     """The largest difference between two equally built values, as the module's docstring defines it."""
     worst = 0.0
     for one, other in zip(pytree.tree_leaves(given), pytree.tree_leaves(wanted), strict=True):
