@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from statewise.ops import gpu
 from statewise.ops.kernels import library
 
-__all__ = ["BACKENDS", "BackendStatus", "backends", "choose"]
+__all__ = ["BACKENDS", "BackendStatus", "backends", "choose", "prefer"]
 
 #: Fastest last: `None` takes the last one that serves.
 BACKENDS = ("reference", "torch", "native", "triton")
@@ -25,13 +27,13 @@ _SERVED: dict[str, tuple[str, ...]] = {
     "bi_wkv": ("reference", "torch", "native"),
     "causal_conv1d": ("reference", "torch", "native", "triton"),
     "mamba3": ("reference", "torch"),
-    "selective_scan": ("reference", "torch", "native"),
-    "ssd": ("reference", "torch", "native"),
-    "token_mix": ("reference", "torch", "native"),
+    "selective_scan": ("reference", "torch", "native", "triton"),
+    "ssd": ("reference", "torch", "native", "triton"),
+    "token_mix": ("reference", "torch", "native", "triton"),
     "token_shift": ("reference", "torch"),
-    "wkv4": ("reference", "torch", "native"),
-    "wkv6": ("reference", "torch", "native"),
-    "wkv7": ("reference", "torch", "native"),
+    "wkv4": ("reference", "torch", "native", "triton"),
+    "wkv6": ("reference", "torch", "native", "triton"),
+    "wkv7": ("reference", "torch", "native", "triton"),
 }
 
 
@@ -66,6 +68,28 @@ def _fastest(op: str, device: torch.device) -> str:
     return next(name for name in reversed(served) if _status(op, name, device).serves)
 
 
+_preferred: str | None = None
+
+
+@contextmanager
+def prefer(backend: str) -> Iterator[None]:
+    """Operators called inside that name no backend take ``backend`` wherever it serves, instead of the fastest.
+
+    For whole models, which name none. A backward pass runs with the backend of its forward.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    global _preferred
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; accepted are {', '.join(map(repr, BACKENDS))}")
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
 def choose(op: str, requested: str | None, device: torch.device) -> str:
     """The backend that runs ``op`` on ``device``: the fastest that serves, or the one asked for.
 
@@ -73,6 +97,8 @@ def choose(op: str, requested: str | None, device: torch.device) -> str:
         ValueError: ``requested`` is unknown or cannot serve. Never falls back.
     """
     if requested is None:
+        if _preferred is not None and _status(op, _preferred, device).serves:
+            return _preferred
         return _fastest(op, device)
     if requested not in BACKENDS:
         raise ValueError(f"{op}: backend is {requested!r}; accepted are None, {', '.join(map(repr, BACKENDS))}")
