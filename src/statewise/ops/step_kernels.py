@@ -37,6 +37,13 @@ def _all_read(index):
 
 
 @triton.jit
+def _put(at, value, mask):
+    if at.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)  # float64 does not become bfloat16 in one
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def token_shift(x, x_row, before, before_row, after, after_row, index, y, C, CB: tl.constexpr):
     token, row = _token(index)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
@@ -44,8 +51,8 @@ def token_shift(x, x_row, before, before_row, after, after_row, index, y, C, CB:
     old = tl.load(before + row * before_row + c, mask=live)
     new = tl.load(x + token * x_row + c, mask=live)
     _all_read(index)
-    tl.store(y + token * C + c, old.to(y.dtype.element_ty), mask=live)
-    tl.store(after + row * after_row + c, new.to(after.dtype.element_ty), mask=live)
+    _put(y + token * C + c, old, live)
+    _put(after + row * after_row + c, new, live)
 
 
 @triton.jit
@@ -69,9 +76,9 @@ def causal_conv1d(
     if SILU:
         total = silu(total)
     _all_read(index)
-    tl.store(y + token * C + c, total.to(y.dtype.element_ty), mask=live)
+    _put(y + token * C + c, total, live)
     kept = ((i > 0) & (i < W))[:, None] & live[None, :]  # every sample moves one place, the oldest out
-    tl.store(after + row * after_row + at - C, seen.to(after.dtype.element_ty), mask=kept)
+    _put(after + row * after_row + at - C, seen, kept)
 
 
 @triton.jit
@@ -96,16 +103,16 @@ def wkv4(
     most = tl.maximum(largest, here)
     old, now = tl.exp(largest - most), tl.exp(here - most)
     average = (old * above + now * value) / (old * below + now)
-    tl.store(y + token * C + c, average.to(y.dtype.element_ty), mask=live)
+    _put(y + token * C + c, average, live)
     # Forget a little, then take the token in.
     faded = largest + fading
     most = tl.maximum(faded, key)
     old, now = tl.exp(faded - most), tl.exp(key - most)
     above = old * above + now * value
     below = old * below + now
-    tl.store(num_after + row * num_after_row + c, above.to(num_after.dtype.element_ty), mask=live)
-    tl.store(den_after + row * den_after_row + c, below.to(den_after.dtype.element_ty), mask=live)
-    tl.store(top_after + row * top_after_row + c, most.to(top_after.dtype.element_ty), mask=live)
+    _put(num_after + row * num_after_row + c, above, live)
+    _put(den_after + row * den_after_row + c, below, live)
+    _put(top_after + row * top_after_row + c, most, live)
 
 
 @triton.jit
@@ -131,8 +138,8 @@ def wkv6(
     out = tl.sum(read[:, None] * state, 0) + tl.sum(read * bonus * key, 0) * value
     state = kept[:, None] * state + key[:, None] * value[None, :]
     _all_read(index)
-    tl.store(y + token * H * V + at_value, out.to(y.dtype.element_ty), mask=in_value)
-    tl.store(after + row * after_row + at, state.to(after.dtype.element_ty), mask=inside)
+    _put(y + token * H * V + at_value, out, in_value)
+    _put(after + row * after_row + at, state, inside)
 
 
 @triton.jit
@@ -159,8 +166,8 @@ def wkv7(
     state = kept[:, None] * state + back[:, None] * found[None, :] + key[:, None] * value[None, :]
     out = tl.sum(read[:, None] * state, 0)
     _all_read(index)
-    tl.store(y + token * H * V + at_value, out.to(y.dtype.element_ty), mask=in_value)
-    tl.store(after + row * after_row + at, state.to(after.dtype.element_ty), mask=inside)
+    _put(y + token * H * V + at_value, out, in_value)
+    _put(after + row * after_row + at, state, inside)
 
 
 @triton.jit
@@ -198,8 +205,8 @@ def selective_scan(
     if z is not None:
         out *= silu(tl.load(z + token * z_row + c, mask=live, other=0.0).to(ACC))
     _all_read(index)
-    tl.store(y + token * channels + c, out.to(y.dtype.element_ty), mask=live)
-    tl.store(after + row * after_row + at, state.to(after.dtype.element_ty), mask=inside)
+    _put(y + token * channels + c, out, live)
+    _put(after + row * after_row + at, state, inside)
 
 
 @triton.jit
@@ -237,5 +244,5 @@ def ssd(
     if z is not None:
         out *= silu(tl.load(z + token * z_row + at_head, mask=in_head, other=0.0).to(ACC))
     _all_read(index)
-    tl.store(y + token * H * P + at_head, out.to(y.dtype.element_ty), mask=in_head)
-    tl.store(after + row * after_row + at, state.to(after.dtype.element_ty), mask=inside)
+    _put(y + token * H * P + at_head, out, in_head)
+    _put(after + row * after_row + at, state, inside)
