@@ -11,6 +11,7 @@ row owns slots ⌊start_i/L⌋ + i onwards, which never overlap, so that nothing
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -37,6 +38,7 @@ __all__ = [
     "place",
     "precise",
     "serves",
+    "slot_count",
     "tune",
 ]
 
@@ -113,7 +115,23 @@ def launch(
         with torch.cuda.device(device):
             kernel[tuple(grid)](*arguments, **constants, **options)
     else:
+        _mend_interpreter()
         kernel[tuple(grid)](*arguments, **constants)
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """Make Triton's interpreter round float32 to the nearest bfloat16, as GPUs do: it cuts bits off."""
+    from triton.runtime import interpreter
+
+    theirs = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source.name == "fp32" and target.name == "bf16":
+            return torch.tensor(data.view("float32")).bfloat16().view(torch.uint16).numpy()
+        return theirs(data, source, target, mode)
+
+    interpreter._convert_float = convert
 
 
 class Where(NamedTuple):
@@ -143,7 +161,7 @@ class Where(NamedTuple):
         return self.time, self.lengths, self.cu_seqlens, self.row_of
 
 
-def _slot_count(batch: int, time: int, cu_seqlens: Tensor | None, chunk: int) -> int:
+def slot_count(batch: int, time: int, cu_seqlens: Tensor | None, chunk: int) -> int:
     """Chunks there must be room for."""
     return batch * -(-time // chunk) if cu_seqlens is None else time // chunk + cu_seqlens.shape[0] - 1
 
@@ -153,7 +171,7 @@ def place(model: Tensor, where: Sequence[Tensor | None], chunk: int) -> Where:
     cu_seqlens. Reads nothing back from the device."""
     lengths, cu_seqlens = where
     batch, time = model.shape[:2]
-    slots = _slot_count(batch, time, cu_seqlens, chunk)
+    slots = slot_count(batch, time, cu_seqlens, chunk)
     if cu_seqlens is None:
         return Where(batch, slots, time, lengths, None, None, 0 if lengths is None else 1)
     rows = cu_seqlens.shape[0] - 1

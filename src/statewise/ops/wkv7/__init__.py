@@ -22,7 +22,7 @@ from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
 from statewise.ops.steps import STEPS, by_kernel
-from statewise.ops.wkv7 import native, parallel, reference
+from statewise.ops.wkv7 import native, parallel, reference, triton
 
 __all__ = ["wkv7", "wkv7_step"]
 
@@ -52,7 +52,7 @@ def wkv7(
         state: S ``(B, H, K, V)`` to continue from; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: outputs past a length are zero, the state is the one at the length.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, H, K, V)``.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"``, ``"native"`` or ``"triton"`` (K and V up to 128).
 
     Returns:
         y ``(B, T, H, V)`` of v's dtype, and S after the last token, float32 (float64 if any input is float64).
@@ -71,6 +71,11 @@ def wkv7(
     )
     rows = check_ragged("wkv7", lengths, cu_seqlens, sizes["B"], sizes["T"], r.device)
     form = choose("wkv7", backend, r.device)
+    if form == "triton" and max(sizes["K"], sizes["V"]) > triton.MOST:
+        if backend is not None:
+            found = f"K = {sizes['K']} and V = {sizes['V']}"
+            raise ValueError(f"wkv7: backend 'triton' serves K and V up to {triton.MOST}; inputs have {found}")
+        form = "torch"
     dtype = accumulation_dtype(r, log_w, k, v, a, b)
     begin = start_state("wkv7", state, (rows, sizes["H"], sizes["K"], sizes["V"]), v, dtype)
     if sizes["T"] == 0:
@@ -80,6 +85,8 @@ def wkv7(
         where = spans(sizes["B"], sizes["T"], lengths, cu_seqlens)
         y, last = native.wkv7([x.to(carried) for x in (r, log_w, k, v, a, b)], begin, where)
         return y.to(v.dtype), last
+    if form == "triton":
+        return triton.wkv7((r, log_w, k, v, a, b), begin, lengths, cu_seqlens)
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
         valid = None if counts is None else valid_steps(counts, inputs[0].shape[1])
