@@ -14,9 +14,10 @@ layer of one tensor for all layers); the elements of a row may not. It may be ke
 float16 state overflows past 65,504. The ``max`` of WKV-4 must be float32, since a rounded exponent would weigh all that
 went before wrongly.
 
-``index`` ``(B,)`` int64 names distinct rows, 0 to slots - 1, in any order. Both are checked, which on a GPU waits for
-the device, unless ``trusted=True`` says that the caller has seen to it; while a CUDA graph is captured and in
-``torch.compile`` they are trusted anyway. A repeated or foreign row then has no defined result.
+``index`` ``(B,)`` int64 names distinct rows, 0 to slots - 1, in any order. That is checked, which on a GPU waits for
+the device; inside :func:`statewise.ops.checks.trusting_values`, while a CUDA graph is captured and in
+``torch.compile`` it is trusted instead. A repeated or foreign row then has no defined result, and may write where it
+should not.
 
 On CUDA a step is one kernel, which reads the rows once and writes them once, allocates y and nothing else (inputs whose
 rows are not contiguous are copied) and asks nothing of the host: it can be captured in a CUDA graph, whose replays
@@ -47,7 +48,7 @@ from torch import Tensor
 from statewise.ops import gpu
 from statewise.ops.causal_conv1d import _check as check_convolution
 from statewise.ops.causal_conv1d import causal_conv1d_step
-from statewise.ops.checks import check_shapes, check_state
+from statewise.ops.checks import check_shapes, check_state, values_are_read
 from statewise.ops.selective_scan import _check as check_scan
 from statewise.ops.selective_scan import selective_scan_step
 from statewise.ops.ssd import _check as check_ssd
@@ -70,9 +71,7 @@ __all__ = [
 ]
 
 
-def token_shift_step_(
-    x: Tensor, state: Tensor, index: Tensor, *, backend: str | None = None, trusted: bool = False
-) -> Tensor:
+def token_shift_step_(x: Tensor, state: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
     """:func:`~statewise.ops.token_shift_step` on rows of a pool.
 
     Args:
@@ -80,7 +79,6 @@ def token_shift_step_(
         state: ``(slots, C)``, changed in place.
         index: ``(B,)`` int64, distinct rows of ``state``.
         backend: ``None`` (fastest), ``"torch"`` or ``"triton"``.
-        trusted: whether ``index`` is taken as it is.
 
     Returns:
         y ``(B, C)`` of x's dtype: what was in the pool.
@@ -91,7 +89,7 @@ def token_shift_step_(
     """
     op = "token_shift_step_"
     C = check_shapes(op, x=(x, "B C"))["C"]
-    _check_pool(op, {"state": (state, (C,))}, index, [x], trusted)
+    _check_pool(op, {"state": (state, (C,))}, index, [x])
     if _form(op, backend, x) == "triton":
         return STEPS["token_shift"].in_place(x, state, index)
     return _in_torch(lambda rows: token_shift_step(x, rows, backend="torch"), state, index)
@@ -106,13 +104,12 @@ def causal_conv1d_step_(
     state: Tensor,
     index: Tensor,
     backend: str | None = None,
-    trusted: bool = False,
 ) -> Tensor:
     """:func:`~statewise.ops.causal_conv1d_step` on rows of a pool ``(slots, W-1, C)``. x, y ``(B, C)``; otherwise as
     there, and as :func:`token_shift_step_`."""
     op = "causal_conv1d_step_"
     W = check_convolution(op, x, "B C", weight, bias, activation)[2]
-    _check_pool(op, {"state": (state, (W - 1, x.shape[-1]))}, index, [x, weight, bias], trusted)
+    _check_pool(op, {"state": (state, (W - 1, x.shape[-1]))}, index, [x, weight, bias])
     if _form(op, backend, x) == "triton":
         return STEPS["causal_conv1d"].in_place(x, weight, bias, state, index, activation)
 
@@ -131,7 +128,6 @@ def wkv4_step_(
     index: Tensor,
     *,
     backend: str | None = None,
-    trusted: bool = False,
 ) -> Tensor:
     """:func:`~statewise.ops.wkv4_step` on rows of three pools, each ``(slots, C)``; ``state.max`` float32 (or float64).
     k, v, y ``(B, C)``; otherwise as there, and as :func:`token_shift_step_`."""
@@ -140,7 +136,7 @@ def wkv4_step_(
     if not isinstance(state, tuple) or len(state) != 3:
         raise ValueError(f"{op}: state must be a WKV4State(num, den, max), got {type(state).__name__}")
     leaves = {f"state.{name}": (leaf, (C,)) for name, leaf in zip(WKV4State._fields, state, strict=True)}
-    _check_pool(op, leaves, index, [k, v, log_w, u], trusted)
+    _check_pool(op, leaves, index, [k, v, log_w, u])
     if state[2].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: state.max has dtype {state[2].dtype}; accepted are float32 and float64")
     if _form(op, backend, k) == "triton":
@@ -161,14 +157,13 @@ def wkv6_step_(
     index: Tensor,
     *,
     backend: str | None = None,
-    trusted: bool = False,
 ) -> Tensor:
     """:func:`~statewise.ops.wkv6_step` on rows of a pool ``(slots, H, K, V)``. r, k ``(B, H, K)``, v, y ``(B, H, V)``,
     log_w ``(B, H, K)`` or constant; otherwise as there, and as :func:`token_shift_step_`."""
     op = "wkv6_step_"
     decay, bonus = (log_w, _letters(log_w, "B H K")), (u, _letters(u, "H K"))
     sizes = check_shapes(op, r=(r, "B H K"), k=(k, "B H K"), v=(v, "B H V"), log_w=decay, u=bonus)
-    _check_pool(op, {"state": (state, (sizes["H"], sizes["K"], sizes["V"]))}, index, [r, log_w, k, v, u], trusted)
+    _check_pool(op, {"state": (state, (sizes["H"], sizes["K"], sizes["V"]))}, index, [r, log_w, k, v, u])
     if _form(op, backend, r) == "triton":
         return STEPS["wkv6"].in_place(r, log_w, k, v, u, state, index)
     return _in_torch(lambda rows: wkv6_step(r, log_w, k, v, u, rows, backend="torch"), state, index)
@@ -185,14 +180,13 @@ def wkv7_step_(
     index: Tensor,
     *,
     backend: str | None = None,
-    trusted: bool = False,
 ) -> Tensor:
     """:func:`~statewise.ops.wkv7_step` on rows of a pool ``(slots, H, K, V)``. v, y ``(B, H, V)``, the others
     ``(B, H, K)``; otherwise as there, and as :func:`token_shift_step_`."""
     op = "wkv7_step_"
     keys = {name: (x, "B H K") for name, x in (("r", r), ("log_w", log_w), ("k", k), ("a", a), ("b", b))}
     sizes = check_shapes(op, **keys, v=(v, "B H V"))
-    _check_pool(op, {"state": (state, (sizes["H"], sizes["K"], sizes["V"]))}, index, [r, log_w, k, v, a, b], trusted)
+    _check_pool(op, {"state": (state, (sizes["H"], sizes["K"], sizes["V"]))}, index, [r, log_w, k, v, a, b])
     if _form(op, backend, r) == "triton":
         return STEPS["wkv7"].in_place(r, log_w, k, v, a, b, state, index)
     return _in_torch(lambda rows: wkv7_step(r, log_w, k, v, a, b, rows, backend="torch"), state, index)
@@ -212,14 +206,13 @@ def selective_scan_step_(
     state: Tensor,
     index: Tensor,
     backend: str | None = None,
-    trusted: bool = False,
 ) -> Tensor:
     """:func:`~statewise.ops.selective_scan_step` on rows of a pool ``(slots, channels, N)``. Otherwise as there, and as
     :func:`token_shift_step_`."""
     op = "selective_scan_step_"
     _, _, channels, N = check_scan(op, "batch", x, dt, A, B, C, D, z, dt_bias)
     given = (x, dt, A, B, C, D, z, dt_bias)
-    _check_pool(op, {"state": (state, (channels, N))}, index, given, trusted)
+    _check_pool(op, {"state": (state, (channels, N))}, index, given)
     if _form(op, backend, x) == "triton":
         return STEPS["selective_scan"].in_place(*given, state, index, dt_softplus)
 
@@ -246,14 +239,13 @@ def ssd_step_(
     state: Tensor,
     index: Tensor,
     backend: str | None = None,
-    trusted: bool = False,
 ) -> Tensor:
     """:func:`~statewise.ops.ssd_step` on rows of a pool ``(slots, H, P, N)``. Otherwise as there, and as
     :func:`token_shift_step_`."""
     op = "ssd_step_"
     sizes = check_ssd(op, "batch", x, dt, A, B, C, D, z, dt_bias, dt_limit)
     given = (x, dt, A, B, C, D, z, dt_bias)
-    _check_pool(op, {"state": (state, (sizes["H"], sizes["P"], sizes["N"]))}, index, given, trusted)
+    _check_pool(op, {"state": (state, (sizes["H"], sizes["P"], sizes["N"]))}, index, given)
     if _form(op, backend, x) == "triton":
         return STEPS["ssd"].in_place(*given, state, index, dt_softplus, list(dt_limit))
 
@@ -299,7 +291,6 @@ def _check_pool(
     leaves: Mapping[str, tuple[Tensor, tuple[int, ...]]],
     index: Tensor,
     given: Sequence[Tensor | None],
-    trusted: bool,
 ) -> None:
     """Raise ``ValueError`` unless rows ``index`` of all ``leaves`` (name → pool, shape of a row) can be advanced."""
     first = given[0]
@@ -321,7 +312,7 @@ def _check_pool(
         raise ValueError(f"{op}: index has {index.shape[0]} entries for a batch of {first.shape[0]}")
     if index.device != first.device:
         raise ValueError(f"{op}: index lies on {index.device}, the inputs on {first.device}")
-    if trusted or torch.compiler.is_compiling() or not index.shape[0]:
+    if not values_are_read() or not index.shape[0]:
         return
     if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
