@@ -101,7 +101,9 @@ def causal_conv1d_step(
     state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sample: x ``(B, C)`` → y ``(B, C)`` and the window after it. Otherwise as :func:`causal_conv1d`."""
+    """One sample: x ``(B, C)`` → y ``(B, C)`` and the window after it. Otherwise as :func:`causal_conv1d`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     op = "causal_conv1d_step"
     batch, _, width = _check(op, x, "B C", weight, bias, activation)
     form = choose("causal_conv1d", backend, x.device)

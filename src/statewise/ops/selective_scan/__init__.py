@@ -122,7 +122,9 @@ def selective_scan_step(
     state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: no T axis anywhere, y ``(batch, channels)``. Otherwise as :func:`selective_scan`."""
+    """One token: no T axis anywhere, y ``(batch, channels)``. Otherwise as :func:`selective_scan`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     batch, _, channels, N = _check("selective_scan_step", "batch", x, dt, A, B, C, D, z, dt_bias)
     form = choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)

@@ -127,7 +127,9 @@ def ssd_step(
     state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: no T axis anywhere, y ``(batch, H, P)``. Otherwise as :func:`ssd`."""
+    """One token: no T axis anywhere, y ``(batch, H, P)``. Otherwise as :func:`ssd`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     sizes = _check("ssd_step", "batch", x, dt, A, B, C, D, z, dt_bias, dt_limit)
     form = choose("ssd", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)

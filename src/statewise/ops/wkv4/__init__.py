@@ -94,7 +94,9 @@ def wkv4(
 def wkv4_step(
     k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: WKV4State | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, WKV4State]:
-    """One token: k, v ``(B, C)`` → y ``(B, C)`` and the state after it. Otherwise as :func:`wkv4`."""
+    """One token: k, v ``(B, C)`` → y ``(B, C)`` and the state after it. Otherwise as :func:`wkv4`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     sizes = check_shapes("wkv4_step", k=(k, "B C"), v=(v, "B C"), log_w=(log_w, "C"), u=(u, "C"))
     form = choose("wkv4", backend, k.device)
     dtype = accumulation_dtype(k, v, log_w, u)

@@ -117,7 +117,9 @@ def wkv6_step(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token: r, k ``(B, H, K)``, v ``(B, H, V)``, log_w ``(B, H, K)`` or, constant in time, ``(H, K)`` or ``(H,)``
-    → y ``(B, H, V)``, new S. Otherwise as :func:`wkv6`."""
+    → y ``(B, H, V)``, new S. Otherwise as :func:`wkv6`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     sizes = check_shapes(
         "wkv6_step",
         r=(r, "B H K"),

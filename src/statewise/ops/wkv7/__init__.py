@@ -117,7 +117,9 @@ def wkv7_step(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: v ``(B, H, V)``, the others ``(B, H, K)`` → y ``(B, H, V)``, new S. Otherwise as :func:`wkv7`."""
+    """One token: v ``(B, H, V)``, the others ``(B, H, K)`` → y ``(B, H, V)``, new S. Otherwise as :func:`wkv7`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     sizes = check_shapes(
         "wkv7_step",
         r=(r, "B H K"),
