@@ -24,7 +24,7 @@ from statewise.state import WKV4State
 
 __all__ = ["STEPS", "Step", "asks_gradient", "by_kernel", "contiguous_rows"]
 
-# Elements of a state that a warp holds: few enough for its registers, enough loads in flight to keep memory busy.
+# Elements of a float32 state that a warp holds: few enough for its registers, enough loads in flight for the memory.
 _TILE = 2048
 
 
@@ -91,11 +91,12 @@ def _power(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _tile(inner: int, outer: int) -> tuple[int, int, int]:
+def _tile(inner: int, outer: int, sums: Any) -> tuple[int, int, int]:
     """For parts of a state whose ``inner`` elements are summed: both sizes of a program's tile, and its warps."""
+    held = _TILE * 32 // sums.primitive_bitwidth
     whole = _power(inner)
-    part = min(_power(outer), max(_TILE // whole, 4))
-    return whole, part, min(max(whole * part // _TILE, 1), 16)
+    part = min(_power(outer), max(held // whole, 4))
+    return whole, part, min(max(whole * part // held, 1), 16)
 
 
 def _register(
@@ -240,7 +241,7 @@ def _wkv4(t: Mapping[str, Any], options: Mapping[str, Any], state: Moved, y: Ten
 def _heads(kernel: Any, given: Sequence[Any], state: Moved, y: Tensor, K: int, sums: Any) -> None:
     """For every head a matrix (K, V), whose columns are parted among programs."""
     batch, H, V = y.shape
-    keys, columns, warps = _tile(K, V)
+    keys, columns, warps = _tile(K, V, sums)
     constants = {"K": K, "V": V, "ACC": sums, "KB": keys, "VB": columns}
     gpu.launch(kernel, (batch, H, -(-V // columns)), *given, *state.arguments, y, H, warps=warps, **constants)
 
@@ -263,7 +264,7 @@ def _selective_scan(t: Mapping[str, Any], options: Mapping[str, Any], state: Mov
     groups = t["B"].shape[1] if t["B"].dim() == 3 else 1
     rates, D, dt_bias = (None if t[name] is None else t[name].contiguous() for name in ("A", "D", "dt_bias"))
     given = (*_rows(t["x"]), *_rows(t["dt"]), rates, *_rows(t["B"]), *_rows(t["C"]), D, *_rows(t["z"]), dt_bias)
-    _, part, warps = _tile(2 * N, channels)  # A is held beside the state
+    _, part, warps = _tile(2 * N, channels, sums)  # A is held beside the state
     constants = {"N": N, "SOFTPLUS": options["dt_softplus"], "ACC": sums, "CB": part, "NB": _power(N)}
     sizes = (channels, None if groups == 1 else channels // groups)
     grid = (y.shape[0], -(-channels // part))
@@ -277,7 +278,7 @@ def _ssd(t: Mapping[str, Any], options: Mapping[str, Any], state: Moved, y: Tens
     skip = (None, 0, 0) if D is None else (D, *D.stride()) if D.dim() == 2 else (D, *D.stride(), 0)
     dt_bias = None if t["dt_bias"] is None else t["dt_bias"].contiguous()
     given = (*_rows(t["x"]), *_rows(t["dt"]), t["A"].contiguous(), *_rows(t["B"]), *_rows(t["C"]))
-    whole, part, warps = _tile(N, P)
+    whole, part, warps = _tile(N, P, sums)
     least, most = options["dt_limit"]
     constants = {"P": P, "N": N, "SOFTPLUS": options["dt_softplus"], "LEAST": least, "MOST": most}
     gpu.launch(
