@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick lint bench parity wheel fuzz sanitize clean setup
+.PHONY: demo test test-quick lint bench gpu parity wheel fuzz sanitize clean setup
 
 setup: $(READY)
 
@@ -37,6 +37,13 @@ parity: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.ops
+
+# On a machine with a GPU, whose own torch has CUDA: tests of the kernels, memory checks, measurements. See docs/gpu.md.
+# E.g. make gpu STAGES="tests ops" MINUTES=8 RWKV_LM=../RWKV-LM RESULTS=out
+gpu:
+	$(PYTHON) -m benchmarks.gpu_machine $(if $(STAGES),--stages "$(STAGES)") $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(RESULTS),--results $(RESULTS)) $(if $(WHEELS),--wheels $(WHEELS)) \
+		$(if $(RWKV_LM),--rwkv-lm $(RWKV_LM)) $(if $(VISION_RWKV),--vision-rwkv $(VISION_RWKV)) $(GPU_OPTIONS)
 
 # A wheel with the compiled kernels, installed and tested in an environment of its own.
 wheel: $(READY)

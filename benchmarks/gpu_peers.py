@@ -96,12 +96,15 @@ def _fla_wkv6(name: str) -> Callable[[GpuCase], _Adapter]:
 def _fla_wkv4(case: GpuCase) -> _Adapter:
     from fla.ops.rwkv4 import fused_recurrent_rwkv4
 
+    def prepare(x: Inputs) -> dict[str, Tensor]:
+        return {**x, "log_w": torch.log(-x["log_w"])}  # theirs is the stored decay
+
     def run(x: Inputs) -> Tensor:
         state = x["k"].new_zeros(x["k"].shape[0], 3, 1, x["k"].shape[2], dtype=torch.float32)
         state[:, 2] = -1e38
         return _first(fused_recurrent_rwkv4(x["log_w"], x["u"], x["k"], x["v"], state))
 
-    return _Adapter(dict, run)
+    return _Adapter(prepare, run)
 
 
 def _mamba_scan(case: GpuCase) -> _Adapter:
@@ -204,8 +207,13 @@ PEERS: dict[str, dict[str, tuple[str, Callable[[GpuCase], _Adapter]]]] = {
 }
 
 
-def _build(folder: Path, name: str, sources: tuple[str, ...], flags: tuple[str, ...], module: bool) -> tuple[Any, str]:
-    """Compile sources of a checkout; the extension (or ``torch.ops.NAME``), and a version told by their contents."""
+def _build(
+    folder: Path, name: str, sources: tuple[str, ...], flags: tuple[str, ...], module: bool, rename: str = ""
+) -> tuple[Any, str]:
+    """Compile sources of a checkout; the extension (or ``torch.ops.NAME``), and a version told by their contents.
+
+    ``rename``: what they register themselves as, where several of them go by one name.
+    """
     files = [folder / source for source in sources]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
@@ -216,6 +224,7 @@ def _build(folder: Path, name: str, sources: tuple[str, ...], flags: tuple[str, 
     built = load(
         name=name,
         sources=[str(file) for file in files],
+        extra_cflags=[f"-D{rename}={name}"] if rename else [],
         extra_cuda_cflags=["--use_fast_math", "-O3", *flags],
         is_python_module=module,
         verbose=False,
@@ -267,6 +276,85 @@ def _rwkv_lm_wkv7(sources: tuple[str, str], name: str) -> Callable[[Path, GpuCas
     return find
 
 
+_MOST = 4096  # tokens that kernels with arrays of a fixed length are built for
+
+
+def _no_longer_than(most: int, time: int) -> None:
+    if time > most:
+        raise ValueError(f"built for up to {most} tokens")
+
+
+class _RwkvLm6(torch.autograd.Function):
+    """As RWKV-LM calls it: all in bfloat16, channels of all heads side by side, and the raw decay."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        B, T, H, N = r.shape
+        _no_longer_than(_MOST, T)
+        y = torch.empty_like(v)
+        kernel.forward(B, T, H * N, H, r, k, v, w, u, y)
+        ctx.kernel = kernel
+        ctx.save_for_backward(r, k, v, w, u)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        r, k, v, w, u = ctx.saved_tensors
+        B, T, H, N = r.shape
+        gr, gk, gv, gw = (torch.empty_like(r) for _ in range(4))
+        gu = r.new_empty(B, H * N)
+        ctx.kernel.backward(B, T, H * N, H, r, k, v, w, u, grads[0].contiguous(), gr, gk, gv, gw, gu)
+        return None, gr, gk, gv, gw, gu.sum(0).view(H, N)
+
+
+def _rwkv_lm_wkv6(checkout: Path, case: GpuCase) -> tuple[_Adapter, str]:
+    flags = (f"-D_N_={case.sizes['K']}", f"-D_T_={_MOST}", "--extra-device-vectorization")
+    kernel, version = _build(checkout / "RWKV-v5" / "cuda", "wkv6", ("wkv6_op.cpp", "wkv6_cuda.cu"), flags, False)
+
+    def prepare(x: Inputs) -> dict[str, Tensor]:
+        w = x["log_w"]
+        w = torch.log(-(w[:, None] if w.dim() == 1 else w)).expand_as(x["k"])
+        return {name: y.to(torch.bfloat16).contiguous() for name, y in {**x, "log_w": w}.items()}
+
+    order = ("r", "k", "v", "log_w", "u")
+    return _Adapter(prepare, lambda x: _RwkvLm6.apply(kernel, *(x[key] for key in order))), version
+
+
+class _RwkvLm4(torch.autograd.Function):
+    """As RWKV-LM calls it: the raw decay goes in, keys and values in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _no_longer_than(_MOST, k.shape[1])
+        decay = -torch.exp(w.float())
+        y = torch.empty_like(v)
+        kernel.forward(*k.shape, decay, u, k, v, y)
+        ctx.kernel = kernel
+        ctx.save_for_backward(decay, u, k, v, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        w, u, k, v, y = ctx.saved_tensors
+        gw, gu = (k.new_empty(k.shape[0], k.shape[2]) for _ in range(2))
+        gk, gv = torch.empty_like(k), torch.empty_like(v)
+        ctx.kernel.backward(*k.shape, w, u, k, v, y, grads[0].contiguous(), gw, gu, gk, gv)
+        return None, gw.sum(0), gu.sum(0), gk, gv
+
+
+def _rwkv_lm_wkv4(checkout: Path, case: GpuCase) -> tuple[_Adapter, str]:
+    flags = ("--maxrregcount", "60", f"-DTmax={_MOST}", "--extra-device-vectorization")
+    sources = ("wkv_op_bf16.cpp", "wkv_cuda_bf16.cu")
+    kernel, version = _build(checkout / "RWKV-v4neo" / "cuda", "wkv4_bf16", sources, flags, True, "wkv")
+
+    def prepare(x: Inputs) -> dict[str, Tensor]:
+        given = {**x, "log_w": torch.log(-x["log_w"])}
+        return {name: y if name == "log_w" else y.to(torch.bfloat16).contiguous() for name, y in given.items()}
+
+    order = ("log_w", "u", "k", "v")
+    return _Adapter(prepare, lambda x: _RwkvLm4.apply(kernel, *(x[key] for key in order))), version
+
+
 class _VisionRwkv(torch.autograd.Function):
     """Vision-RWKV's own call: everything in float32, and its w is minus ours."""
 
@@ -298,14 +386,13 @@ class _VisionRwkv(torch.autograd.Function):
 
 def _vision_rwkv(folder: str, sources: tuple[str, str], name: str) -> Callable[[Path, GpuCase], tuple[_Adapter, str]]:
     def find(checkout: Path, case: GpuCase) -> tuple[_Adapter, str]:
-        most = 4096  # tokens the older kernel's arrays have room for; it is built for that many
         place = checkout / "classification" / "mmcls_custom" / "models" / "backbones" / folder
-        flags = ("--maxrregcount", "60", f"-DTmax={most}")
-        kernel, version = _build(place, name, sources, flags, True)
+        flags = ("--maxrregcount", "60", f"-DTmax={_MOST}")
+        kernel, version = _build(place, name, sources, flags, True, "wkv" if folder == "cuda" else "")
 
         def run(x: Inputs) -> Tensor:
-            if folder == "cuda" and x["k"].shape[1] > most:
-                raise ValueError(f"built for up to {most} tokens")
+            if folder == "cuda":
+                _no_longer_than(_MOST, x["k"].shape[1])
             return _VisionRwkv.apply(kernel, x["k"], x["v"], x["w"], x["u"])
 
         def prepare(x: Inputs) -> dict[str, Tensor]:
@@ -319,14 +406,16 @@ def _vision_rwkv(folder: str, sources: tuple[str, str], name: str) -> Callable[[
 #: Which checkout → operator → peer's name → how to build it.
 BUILT: dict[str, dict[str, dict[str, Callable[[Path, GpuCase], tuple[_Adapter, str]]]]] = {
     "rwkv_lm": {
+        "wkv4": {"RWKV-LM": _rwkv_lm_wkv4},
+        "wkv6": {"RWKV-LM": _rwkv_lm_wkv6},
         "wkv7": {
             "RWKV-LM": _rwkv_lm_wkv7(("rwkv7_clampw.cu", "rwkv7_clampw.cpp"), "rwkv7_clampw"),
             "RWKV-LM v3": _rwkv_lm_wkv7(("rwkv7_clampw_v3_for_h100.cu", "rwkv7_clampw_v3.cpp"), "rwkv7_clampw_v3"),
-        }
+        },
     },
     "vision_rwkv": {
         "bi_wkv": {
-            "Vision-RWKV": _vision_rwkv("cuda", ("wkv_op.cpp", "wkv_cuda.cu"), "wkv"),
+            "Vision-RWKV": _vision_rwkv("cuda", ("wkv_op.cpp", "wkv_cuda.cu"), "wkv_vision"),
             "Vision-RWKV new": _vision_rwkv("cuda_new", ("bi_wkv.cpp", "bi_wkv_kernel.cu"), "bi_wkv"),
         }
     },
