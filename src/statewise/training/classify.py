@@ -24,6 +24,7 @@ from statewise.files import atomic_write
 from statewise.images import ImageSet, Preprocessing, load_images, measure_channels
 from statewise.training.directory import check_out, hold_run
 from statewise.training.display import Display, duration
+from statewise.training.feed import send
 from statewise.training.image_config import ImageTrainConfig
 from statewise.training.image_data import ImageBatches, step_seed
 from statewise.training.image_metrics import Accuracy, draw_confusion, draw_image_curves, measure_accuracy
@@ -180,7 +181,7 @@ class _Trainer:
         """One move of the optimiser; (learning rate, norm of the gradient before clipping)."""
         config, run = self.config, self.run
         torch.manual_seed(step_seed(config.seed, run.step))
-        images, targets = (tensor.to(self.device) for tensor in self.batches.read(run.step))
+        images, targets = (send(tensor, self.device) for tensor in self.batches.read(run.step))
         run.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logits = run.model(images)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from statewise.training.data import Batch, Batches
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "send"]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; on a GPU it arrives while the host goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # not pinned, the copy would be waited for
 
 
 class Feed:
@@ -32,11 +40,4 @@ class Feed:
 
     def _read(self, index: int) -> Batch:
         inputs, targets, fresh = self._batches.read(index)
-        if self._device.type != "cuda":
-            return Batch(inputs.to(self._device), targets.to(self._device), fresh)
-        # From pinned memory, or the copy would wait for the device.
-        return Batch(
-            inputs.pin_memory().to(self._device, non_blocking=True),
-            targets.pin_memory().to(self._device, non_blocking=True),
-            fresh,
-        )
+        return Batch(send(inputs, self._device), send(targets, self._device), fresh)
