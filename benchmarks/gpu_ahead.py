@@ -51,8 +51,9 @@ def launches(case: GpuCase, dtype: torch.dtype, *, full: bool = False) -> tuple[
         function(**arguments, **options, backend="triton")
     with gpu.capture() as both:
         result = function(**{n: x.requires_grad_() for n, x in arguments.items()}, **options, backend="triton")
-        outputs = [result] if isinstance(result, Tensor) else [x for x in result if isinstance(x, Tensor)]
-        torch.autograd.grad(outputs[:1], list(arguments.values()), [torch.empty_like(outputs[0])], allow_unused=True)
+        y = result if isinstance(result, Tensor) else result[0]
+        ys = [y] if isinstance(y, Tensor) else list(y)
+        torch.autograd.grad(ys, list(arguments.values()), [torch.empty_like(x) for x in ys], allow_unused=True)
     return forward, both
 
 

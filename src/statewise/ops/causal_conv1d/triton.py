@@ -14,8 +14,11 @@ from statewise.ops.registration import Some, register_pair
 __all__ = ["causal_conv1d"]
 
 _CHUNK = 64
-# (channels of a program, warps): neither changes a sum.
-_CHOICES = ((64, 4), (32, 4), (128, 8))
+# (channels of a program, warps, tokens loaded at once): none changes a sum.
+_CHOICES = {
+    "forward": ((256, 4, 8), (512, 4, 8), (128, 4, 8)),
+    "backward": ((256, 4, 2), (256, 4, 4), (512, 4, 2)),
+}
 
 
 class _Kernels:
@@ -64,15 +67,15 @@ class _Kernels:
         C, W = weight.shape
         at = gpu.place(x, where, _CHUNK)
 
-        def run(choice: tuple[int, int]) -> None:
-            block, warps = choice
+        def run(choice: tuple[int, int, int]) -> None:
+            block, warps, group = choice
             grid = (at.slots, -(-C // block))
             constants = {"W": W, "SILU": options[0], "HAS_BIAS": bias is not None, "RAGGED": at.ragged}
-            sizes = {"L": _CHUNK, "CB": block, "WB": max(1, 1 << (W - 2).bit_length())}
+            sizes = {"L": _CHUNK, "S": group, "CB": block}
             gpu.launch(kernel, grid, *tensors, *at.arguments, C, warps=warps, **constants, **sizes)
 
         key = f"causal_conv1d {kernel.__name__} {x.dtype} W{W} C{min(C, 256)}"
-        run(gpu.tune(key, x.device, _CHOICES, run))
+        run(gpu.tune(key, x.device, _CHOICES[kernel.__name__], run))
 
 
 _causal_conv1d = register_pair(

@@ -16,7 +16,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, valid_steps
-from statewise.ops.token_mix import native
+from statewise.ops.token_mix import native, triton
 from statewise.ops.token_shift import token_shift, token_shift_step
 
 __all__ = ["token_mix", "token_mix_step"]
@@ -39,7 +39,7 @@ def token_mix(
         state: ``(B, C)`` (packed: ``(n, C)``), the input before the first step; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` (the same lines) or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` (the same lines), ``"native"`` or ``"triton"``.
 
     Returns:
         M tensors ``(B, T, C)`` of x's dtype, and the last input of every sequence, float32 (float64
@@ -52,7 +52,7 @@ def token_mix(
     if not sizes["M"]:
         raise ValueError(f"token_mix: mix has shape {tuple(mix.shape)}; M is at least 1")
     form = choose("token_mix", backend, x.device)
-    if form != "native":
+    if form not in ("native", "triton"):
         before, last = token_shift(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
         return _mixtures(x, before, mix, lengths), last
     rows = check_ragged("token_mix", lengths, cu_seqlens, sizes["B"], sizes["T"], x.device)
@@ -60,6 +60,8 @@ def token_mix(
     state = start_state("token_mix", state, (rows, sizes["C"]), x, dtype)
     if sizes["T"] == 0:
         return tuple(torch.zeros_like(x) for _ in mix), state
+    if form == "triton":
+        return triton.token_mix(x, mix.to(dtype), state, lengths, cu_seqlens)
     where = spans(sizes["B"], sizes["T"], lengths, cu_seqlens)
     outputs, last = native.token_mix(x.to(activation_dtype(dtype, x)), mix.to(dtype), state, where)
     return tuple(y.to(x.dtype) for y in outputs), last
