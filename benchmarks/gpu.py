@@ -48,6 +48,8 @@ SAME = 0.05
 JUDGED = 512
 #: The chunked form in plain torch is there for its shape, which shorter lengths show.
 LONGEST_TORCH = 4096
+#: Cycles of the device, about a millisecond.
+_HEAD_START = 2_000_000
 #: Sizes of a rehearsal.
 TOY = {"H": 2, "K": 16, "V": 16, "N": 16, "P": 16, "C": 32, "S": 4, "R": 2}
 
@@ -71,6 +73,7 @@ class CudaClock:
     def milliseconds(self, call: Callable[[], object]) -> float:
         self.buffers.reverse()
         self.buffers[0].zero_()
+        torch.cuda._sleep(_HEAD_START)  # the host gets ahead: what is timed is the device, not the launching
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         kept = call()  # freed after the clock has stopped
@@ -110,6 +113,19 @@ def toy(case: GpuCase) -> GpuCase:
     """``case`` at sizes that an interpreter can bear."""
     sizes = {letter: min(size, TOY.get(letter, size)) for letter, size in case.sizes.items()}
     return dataclasses.replace(case, batch=1, time=24, sizes=sizes)
+
+
+def particulars(case: GpuCase) -> str:
+    """What tells ``case`` from the others of its label, such as a decay's shape; empty if there are none."""
+    twins = [other for other in CASES if other.label == case.label]
+    found = []
+    for name in dict.fromkeys(name for twin in twins for name in twin.shapes):
+        if len({twin.shapes.get(name) for twin in twins}) > 1:
+            found.append(f", {name} ({case.shapes.get(name, 'none').replace(' ', ', ')})")
+    for name in dict.fromkeys(name for twin in twins for name in twin.options or {}):
+        if len({str((twin.options or {}).get(name)) for twin in twins}) > 1:
+            found.append(f", {name}={(case.options or {}).get(name)}")
+    return "".join(found)
 
 
 def draw(
@@ -468,16 +484,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ops and case.op not in options.ops:
             continue
         own = toy(case) if options.rehearse else case
+        title = own.label + particulars(case)
         if _late(began, options.minutes):
-            document["left_out"].append(own.label)
+            document["left_out"].append(title)
             continue
         peers, absent = find_gpu_peers(own, checkouts, options.peers)
         yardstick = attention(own)
         wanted = yardstick is not None and (options.peers is None or yardstick.name in options.peers)
         contestants = [*our_peers(own), *peers, *([yardstick] if yardstick is not None and wanted else [])]
-        print(f"\n{own.label} {options.dtype}", flush=True)
+        print(f"\n{title}, {options.dtype}", flush=True)
         errors = errors_of(own, contestants, dtype, device, own.time if options.rehearse else min(JUDGED, own.time))
-        entry: dict[str, Any] = {"label": own.label, "op": own.op, "own": [own.batch, own.time], "absent": absent}
+        entry: dict[str, Any] = {"label": title, "op": own.op, "own": [own.batch, own.time], "absent": absent}
         entry |= {"errors": errors, "rows": [], "floor": list(own.floor)}
         document["cases"].append(entry)
         fit, faults = _fit(own, contestants, errors)
@@ -487,7 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for length in every:
             shape = own if length == own.time else scaled(own, length)
             if _late(began, options.minutes):
-                document["left_out"].append(shape.label)
+                document["left_out"].append(shape.label + particulars(case))
                 continue
             try:
                 rows = measure(shape, fit, dtype, device, clock, rates, (1, 1) if options.rehearse else (5, 50))

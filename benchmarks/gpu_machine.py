@@ -195,12 +195,13 @@ def commands(
         check = [python, "-m", "benchmarks.gpu_memcheck", *rehearse]
         tool = find_sanitizer()
         if options.rehearse:
-            return [([*check, "--only", "conv"], {})]
+            return [([*check, "--only", "conv", "--jobs", "2"], {})]
         if tool is None:
             return []
         # Once without it: the kernels are compiled then, and what fails for another reason is told apart.
         sanitize = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"]
-        return [(check, {}), ([*sanitize, *check], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})]
+        jobs = ["--jobs", str(min(8, os.cpu_count() or 1))]
+        return [([*check, *jobs], {}), ([*sanitize, *check], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})]
     if stage == "ops":
         peers = [] if options.rwkv_lm is None else ["--rwkv-lm", str(options.rwkv_lm)]
         peers += [] if options.vision_rwkv is None else ["--vision-rwkv", str(options.vision_rwkv)]

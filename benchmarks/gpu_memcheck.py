@@ -5,7 +5,8 @@
 Legend: B rows, T time.
 
 Dense, padded and packed rows, of lengths that no chunk divides, forward and backward, at the sizes of the laws (small
-and odd) and of the benchmarks; every configuration that tuning chooses between. Nothing is compared: tests do that.
+and odd) and, dense ones in every configuration that tuning chooses between, of the benchmarks. Nothing is compared:
+tests do that. ``--jobs`` runs it in several processes, without the tool, so that all is compiled before.
 Without torch's caching every tensor is an allocation of its own, and an access past its end is past an allocation.
 """
 
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import draw
+from benchmarks.gpu import draw, particulars
 from benchmarks.gpu_cases import CASES as BENCHMARKED
 from statewise import ops
 from statewise.ops import gpu
@@ -38,6 +41,11 @@ def every_choice(key: str, device: torch.device, choices: Sequence[Any], run: Ca
     return choices[0]
 
 
+def first_choice(key: str, device: torch.device, choices: Sequence[Any], run: Callable[[Any], None]) -> Any:
+    """In place of it where one configuration will do."""
+    return choices[0]
+
+
 def _backward(result: Any, inputs: dict[str, Tensor]) -> None:
     leaves = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]
     torch.autograd.grad([x.sum() for x in leaves], list(inputs.values()), allow_unused=True)
@@ -51,42 +59,60 @@ def _where(op: str, rows: int, time: int, device: str) -> Iterator[tuple[str, di
             yield "packed", {"cu_seqlens": torch.tensor([0, 19, 19, time], device=device)}
 
 
-def runs(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A label and what to run, one a case, dtype and kind of rows."""
+class Run(NamedTuple):
+    """A label, what to run, and whether in every configuration."""
+
+    label: str
+    call: Callable[[], None]
+    every: bool
+
+
+def runs(device: str) -> Iterator[Run]:
+    """One a case, dtype and kind of rows."""
     with gpu.capture():
         served = {op for op, names in ops.backends().items() if names["triton"].serves}
-    for dtype in dtypes:
-        for case in CASES:
-            if case.op not in served:
-                continue
-            for time in _TIMES:
-                for kind, where in _where(case.op, 2, time, device):
-                    rows = 1 if kind == "packed" else 2
+    for case in CASES:
+        if case.op not in served:
+            continue
+        for time in _TIMES:
+            for kind, where in _where(case.op, 2, time, device):
+                rows = 1 if kind == "packed" else 2
 
-                    def law(c: Any = case, t: int = time, r: int = rows, w: Any = where, d: Any = dtype) -> None:
-                        on_device = dataclasses.replace(c, device=device)
-                        inputs = {k: x.requires_grad_() for k, x in on_device.inputs(r, t, d).items()}
-                        state = on_device.begin(w["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in w else r, d)
-                        _backward(on_device.call(inputs, state, backend="triton", **w), inputs)
+                def law(c: Any = case, t: int = time, r: int = rows, w: Any = where) -> None:
+                    on_device = dataclasses.replace(c, device=device)
+                    inputs = {k: x.requires_grad_() for k, x in on_device.inputs(r, t, torch.bfloat16).items()}
+                    state = on_device.begin(w["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in w else r, torch.bfloat16)
+                    _backward(on_device.call(inputs, state, backend="triton", **w), inputs)
 
-                    yield f"{case.id} {dtype} T={time} {kind}", law
-        for row in BENCHMARKED:
-            if row.op not in served:
-                continue
-            sizes = {letter: min(size, _SMALL.get(letter, size)) for letter, size in row.sizes.items()}
+                yield Run(f"{case.id} T={time} {kind}", law, False)
+    for row in BENCHMARKED:
+        if row.op not in served:
+            continue
+        sizes = {letter: min(size, _SMALL.get(letter, size)) for letter, size in row.sizes.items()}
+        for dtype in (torch.bfloat16, torch.float32):
             for kind, where in _where(row.op, 2, 100, device):
+                if kind != "dense" and dtype == torch.float32:
+                    continue  # differs from bfloat16 in how products are made, not in where things lie
                 small = dataclasses.replace(row, batch=1 if kind == "packed" else 2, time=100, sizes=sizes)
 
                 def shape(s: Any = small, w: Any = where, d: Any = dtype) -> None:
                     inputs = {k: x.requires_grad_() for k, x in draw(s, d, device).items()}
                     _backward(getattr(ops, s.op)(**inputs, **(s.options or {}), backend="triton", **w), inputs)
 
-                yield f"{small.label} {dtype} {kind}", shape
+                yield Run(f"{row.label}{particulars(row)}, {dtype} {kind}", shape, kind == "dense")
+
+
+def _in_parts(jobs: int, arguments: Sequence[str]) -> int:
+    """Every process takes each ``jobs``-th run; the worst exit status."""
+    command = [sys.executable, "-m", "benchmarks.gpu_memcheck", *arguments]
+    parts = [subprocess.Popen([*command, "--part", f"{part}/{jobs}"]) for part in range(jobs)]
+    return max(abs(part.wait()) for part in parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_memcheck", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the runs")
+    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th run, from the K-th")
     parser.add_argument("--only", default="", help="those whose label holds this text")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
     options = parser.parse_args(arguments)
@@ -94,21 +120,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--rehearse needs Triton's interpreter: TRITON_INTERPRET=1 in the environment")
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; --rehearse goes through the motions without one")
+    if options.jobs > 1:
+        return _in_parts(options.jobs, ["--only", options.only, *(["--rehearse"] if options.rehearse else [])])
     device = "cpu" if options.rehearse else "cuda"
-    before, gpu.tune = gpu.tune, every_choice
-    count = 0
+    part, parts = map(int, options.part.split("/"))
+    chosen = [run for run in runs(device) if options.only in run.label]
+    tune = gpu.tune
     try:
-        for label, run in runs(device, [getattr(torch, name) for name in options.dtypes.split(",")]):
-            if options.only in label:
-                print(label, flush=True)
-                run()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                count += 1
+        for run in chosen[part::parts]:
+            print(run.label, flush=True)
+            gpu.tune = every_choice if run.every else first_choice
+            run.call()
+            if device == "cuda":
+                torch.cuda.synchronize()
     finally:
-        gpu.tune = before
-    print(f"{count} runs")
-    return int(count == 0)
+        gpu.tune = tune
+    print(f"{len(chosen[part::parts])} of {len(chosen)} runs")
+    return int(not chosen)
 
 
 if __name__ == "__main__":

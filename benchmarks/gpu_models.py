@@ -80,7 +80,10 @@ def empty_model(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
     """A model of random weights, made where it will run: initialising it properly would take longer than measuring."""
     with torch.device("meta"):
         model = models.create(size.family, vocab_size=size.vocab, num_layers=size.layers, width=size.width)
-    return _fill(model.to(dtype).to_empty(device=device))
+    model = model.to(dtype).to_empty(device=device)
+    if getattr(model.config, "tie_embeddings", False):  # which `to_empty` has parted
+        model.lm_head.weight = model.backbone.embedding.weight
+    return _fill(model)
 
 
 def transformer_like(model: nn.Module, size: Size, device: torch.device) -> Transformer:
@@ -110,6 +113,7 @@ def train(
 ) -> dict[str, Any]:
     """Tokens a second of whole steps, the median of ``steps``."""
     if how == "compiled":
+        torch._dynamo.reset()  # of another context: compiled for any length, it would be slower
         compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     vocab = model.config.vocab_size

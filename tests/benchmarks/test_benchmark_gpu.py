@@ -132,6 +132,13 @@ def test_drawn_decays_and_keys_lie_where_trained_ones_do() -> None:
     assert likeness(benchmark.draw(WKV7, torch.float32, CPU, alike=True)) > 0.9 > 0.3 > likeness(x)
 
 
+def test_cases_of_one_label_are_told_apart() -> None:
+    titles = [case.label + benchmark.particulars(case) for case in CASES]
+    assert len(set(titles)) == len(titles)
+    wkv6 = [benchmark.particulars(case) for case in CASES if case.op == "wkv6"]
+    assert wkv6[:2] == [", log_w (B, T, H, K)", ", log_w (H, K)"]
+
+
 def test_least_work_and_least_bytes() -> None:
     forward, both = benchmark.recurrence_flops(WKV7)
     assert (forward, both) == (2 * 64 * 2 * 4 * 256, 3 * 2 * 64 * 2 * 4 * 256)
@@ -550,7 +557,10 @@ def test_memory_checks_reach_every_kernel_and_choice() -> None:
     assert taken == [3, 1, 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        labels = [label for label, _ in gpu_memcheck.runs("cpu", [torch.bfloat16])]
+        found = list(gpu_memcheck.runs("cpu"))
+    labels = [run.label for run in found]
+    assert len(set(labels)) == len(labels)
+    assert {run.every for run in found if "float32 dense" in run.label} == {True}
     served = {op for op, names in ops.backends().items() if names["triton"].serves}
     for case in CASES:
         if case.op in served:
@@ -560,9 +570,24 @@ def test_memory_checks_reach_every_kernel_and_choice() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 def test_memory_checks_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_memcheck.main(["--rehearse", "--only", "conv-w2 torch.bfloat16 T=1", "--dtypes", "bfloat16"]) == 0
-    assert "1 runs" in capsys.readouterr().out
-    assert gpu_memcheck.main(["--rehearse", "--only", "nothing like it", "--dtypes", "bfloat16"]) == 1
+    assert gpu_memcheck.main(["--rehearse", "--only", "conv-w2 T=1"]) == 0
+    assert "1 of 1 runs" in capsys.readouterr().out
+    assert gpu_memcheck.main(["--rehearse", "--only", "conv-w2", "--part", "4/5"]) == 0
+    assert "0 of 4 runs" in capsys.readouterr().out
+    assert gpu_memcheck.main(["--rehearse", "--only", "nothing like it"]) == 1
+
+
+def test_parts_are_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process:
+        def __init__(self, command: list[str]) -> None:
+            self.command = command
+
+        def wait(self) -> int:
+            return -11 if self.command[-1] == "1/3" else 0
+
+    monkeypatch.setattr(gpu_memcheck.subprocess, "Popen", Process)
+    assert gpu_memcheck._in_parts(3, ["--only", ""]) == 11
+    assert gpu_memcheck._in_parts(1, ["--only", ""]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -719,7 +744,8 @@ def test_stages_are_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert gpu_machine.commands("memcheck", "py", chosen, parallel=True) == []
     monkeypatch.setattr(gpu_machine, "find_sanitizer", lambda: "/x/compute-sanitizer")
     first, second = gpu_machine.commands("memcheck", "py", chosen, parallel=True)
-    assert second[0][-len(first[0]) :] == first[0]
+    assert second[0][0] == "/x/compute-sanitizer"
+    assert first[0][:3] == second[0][-3:] == ["py", "-m", "benchmarks.gpu_memcheck"]
     assert second[1] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
