@@ -118,14 +118,13 @@ def toy(case: GpuCase) -> GpuCase:
 def particulars(case: GpuCase) -> str:
     """What tells ``case`` from the others of its label, such as a decay's shape; empty if there are none."""
     twins = [other for other in CASES if other.label == case.label]
-    found = []
-    for name in dict.fromkeys(name for twin in twins for name in twin.shapes):
-        if len({twin.shapes.get(name) for twin in twins}) > 1:
-            found.append(f", {name} ({case.shapes.get(name, 'none').replace(' ', ', ')})")
-    for name in dict.fromkeys(name for twin in twins for name in twin.options or {}):
-        if len({str((twin.options or {}).get(name)) for twin in twins}) > 1:
-            found.append(f", {name}={(case.options or {}).get(name)}")
-    return "".join(found)
+    told: dict[str, list[str]] = {}  # name → what it is in each of them
+    for twin in twins:
+        for name in dict.fromkeys(name for other in twins for name in (*other.shapes, *(other.options or {}))):
+            value = twin.shapes.get(name, (twin.options or {}).get(name, "none"))
+            told.setdefault(name, []).append(str(value).replace(" ", ", "))
+    place = twins.index(case) if case in twins else 0
+    return "".join(f", {name} ({values[place]})" for name, values in told.items() if len(set(values)) > 1)
 
 
 def draw(
