@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_steps --ahead                     # without a GPU: kernels compiled, registers told
     TRITON_INTERPRET=1 python -m benchmarks.gpu_steps --rehearse   # the whole of it on a CPU, at toy sizes
 
-Legend: B tokens, one a sequence; C channels, W window, U = W-1, H heads, K key rows, V value columns, N state size, P
-head width, G groups.
+Legend: B tokens, one a sequence; C channels, M mixtures, W window, U = W-1, H heads, K key rows, V value columns, N
+state size, P head width, G groups.
 
 Each step is captured in a CUDA graph and replayed, so that what the host takes does not count, behind a write that
 leaves nothing in the L2 cache. Bytes are those of the advanced rows, read and written, of the tokens' tensors and of
@@ -76,6 +76,7 @@ _SSD = {"x": "H P", "dt": "H", "B": "G N", "C": "G N", "z": "H P"}
 
 CASES: tuple[StepCase, ...] = (
     StepCase("token_shift", {"C": 2048}, {"x": "C"}, {}, "C"),
+    StepCase("token_mix", {"C": 2048, "M": 6}, {"x": "C"}, {"mix": "M C"}, "C"),
     StepCase(
         "causal_conv1d",
         {"C": 4096, "W": 4},
@@ -132,15 +133,15 @@ class Decoding:
         self.state = WKV4State(first, draw(row, storage).abs(), draw(row, torch.float32)) if whole else first
         self.index = torch.randperm(2 * batch, device=device)[:batch]
 
-    def in_place(self, backend: str) -> Tensor:
+    def in_place(self, backend: str) -> object:
         step = getattr(ops, f"{self.case.op}_step_")
         return step(**self.inputs, state=self.state, index=self.index, **self.case.options, backend=backend)
 
     def bytes(self) -> int:
         """What has to be moved."""
         leaves = [self.state] if isinstance(self.state, Tensor) else list(self.state)
-        y = self.inputs["v" if "v" in self.inputs else "x"]
-        read = sum(x.nbytes for x in [*self.inputs.values(), self.index]) + y.nbytes
+        y = self.inputs["v" if "v" in self.inputs else "x"].nbytes * self.case.sizes.get("M", 1)
+        read = sum(x.nbytes for x in [*self.inputs.values(), self.index]) + y
         return read + sum(leaf.nbytes for leaf in leaves)  # half of the rows, twice
 
 

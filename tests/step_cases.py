@@ -1,7 +1,7 @@
 """Steps with drawn sizes, for the tests of one-token kernels and of pools.
 
-Legend: B tokens, C channels, U = W-1, W window, H heads, K key rows, V value columns, N state size, P head width, G
-groups, M channels or heads of a group, E = G·M channels, J = G·M heads.
+Legend: B tokens, C channels, F mixtures, U = W-1, W window, H heads, K key rows, V value columns, N state size, P head
+width, G groups, M channels or heads of a group, E = G·M channels, J = G·M heads.
 """
 
 from __future__ import annotations
@@ -63,17 +63,25 @@ class StepCase:
         """A state in mid-flow, of so many rows."""
         size = _full(sizes)
         shape = [rows, *[size[letter] for letter in self.state.split()]]
-        leaf = [torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
+        leaf = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+        if self.op in ("token_shift", "token_mix"):  # an input of the past, exact in every dtype of inputs
+            leaf[0] = (leaf[0] * 32).round() / 32
+        leaf = [x.to(DEVICE, dtype) for x in leaf]
         if self.op != "wkv4":
             return leaf[0]
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         return WKV4State(leaf[0], (0.1 + leaf[1].abs()).to(dtype), leaf[2].to(wide))
 
     def step(self, inputs: Mapping[str, Tensor], state: Any, **how: Any) -> tuple[Tensor, Any]:
-        return getattr(ops, f"{self.op}_step")(**inputs, state=state, **self.options, **how)
+        y, end = getattr(ops, f"{self.op}_step")(**inputs, state=state, **self.options, **how)
+        return _one(y), end
 
     def step_(self, inputs: Mapping[str, Tensor], pool: Any, index: Tensor, **how: Any) -> Tensor:
-        return getattr(ops, f"{self.op}_step_")(**inputs, state=pool, index=index, **self.options, **how)
+        return _one(getattr(ops, f"{self.op}_step_")(**inputs, state=pool, index=index, **self.options, **how))
+
+
+def _one(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return y if isinstance(y, Tensor) else torch.stack(y, 1)
 
 
 def _full(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -99,6 +107,7 @@ _SSD = {"x": "B J P", "dt": "B J", "A": "J", "B": "B G N", "C": "B G N"}
 
 STEPS = (
     StepCase("shift", "token_shift", {"x": "B C"}, "C"),
+    StepCase("mix", "token_mix", {"x": "B C", "mix": "F C"}, "C"),
     StepCase("conv", "causal_conv1d", {"x": "B C", "weight": "C W", "bias": "C"}, "U C", {"activation": "silu"}),
     StepCase("conv-bare", "causal_conv1d", {"x": "B C", "weight": "C W"}, "U C"),
     StepCase("wkv4", "wkv4", {"k": "B C", "v": "B C", "log_w": "C", "u": "C"}, "C"),
@@ -126,4 +135,4 @@ STEPS = (
 )
 
 #: Beyond one tile of a program, and no power of two.
-LARGE = {"C": 150, "W": 5, "H": 2, "K": 70, "V": 35, "G": 2, "M": 3, "N": 70, "P": 33}
+LARGE = {"C": 150, "F": 6, "W": 5, "H": 2, "K": 70, "V": 35, "G": 2, "M": 3, "N": 70, "P": 33}

@@ -1,7 +1,7 @@
 """One token for many sequences whose states lie in a pool: a server's decoding, in place.
 
-Legend: B tokens, one a sequence; slots rows of the pool; C channels, H heads, K key rows, V value columns, N SSM state
-size, P SSM head width, G groups, W window.
+Legend: B tokens, one a sequence; slots rows of the pool; C channels, M mixtures, H heads, K key rows, V value columns,
+N SSM state size, P SSM head width, G groups, W window.
 
     y = NAME_step_(..., state, index)      as      y, state[index] = NAME_step(..., state[index])
 
@@ -30,6 +30,7 @@ for all tokens, are not counted):
 | step | state, read and written | besides | at a usual size, S = 4, A = 2 |
 |---|---|---|---|
 | token_shift | 2 C S | 2 C A | C 2048: 25 KB |
+| token_mix | 2 C S | (M + 1) C A | C 2048, M 6: 45 KB |
 | causal_conv1d | 2 (W-1) C S | 2 C A | W 4, C 4096: 115 KB |
 | wkv4 | 6 C S | 3 C A | C 768: 23 KB |
 | wkv6 | 2 H K V S | (3 K + 2 V) H A | H 32, K = V = 64: 1.07 MB |
@@ -41,6 +42,7 @@ for all tokens, are not counted):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +56,7 @@ from statewise.ops.selective_scan import selective_scan_step
 from statewise.ops.ssd import _check as check_ssd
 from statewise.ops.ssd import ssd_step
 from statewise.ops.steps import STEPS, asks_gradient, contiguous_rows
+from statewise.ops.token_mix import token_mix_step
 from statewise.ops.token_shift import token_shift_step
 from statewise.ops.wkv4 import wkv4_step
 from statewise.ops.wkv6 import _letters, wkv6_step
@@ -64,11 +67,14 @@ __all__ = [
     "causal_conv1d_step_",
     "selective_scan_step_",
     "ssd_step_",
+    "token_mix_step_",
     "token_shift_step_",
     "wkv4_step_",
     "wkv6_step_",
     "wkv7_step_",
 ]
+
+Output = TypeVar("Output", Tensor, tuple[Tensor, ...])
 
 
 def token_shift_step_(x: Tensor, state: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
@@ -93,6 +99,19 @@ def token_shift_step_(x: Tensor, state: Tensor, index: Tensor, *, backend: str |
     if _form(op, backend, x) == "triton":
         return STEPS["token_shift"].in_place(x, state, index)
     return _in_torch(lambda rows: token_shift_step(x, rows, backend="torch"), state, index)
+
+
+def token_mix_step_(
+    x: Tensor, mix: Tensor, state: Tensor, index: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, ...]:
+    """:func:`~statewise.ops.token_mix_step` on rows of a pool ``(slots, C)``. x and every y ``(B, C)``; otherwise as
+    there, and as :func:`token_shift_step_`."""
+    op = "token_mix_step_"
+    C = check_shapes(op, x=(x, "B C"), mix=(mix, "M C"))["C"]
+    _check_pool(op, {"state": (state, (C,))}, index, [x, mix])
+    if _form(op, backend, x) == "triton":
+        return STEPS["token_mix"].in_place(x, mix, state, index).unbind(0)
+    return _in_torch(lambda rows: token_mix_step(x, mix, rows, backend="torch"), state, index)
 
 
 def causal_conv1d_step_(
@@ -280,7 +299,7 @@ def _form(op: str, backend: str | None, x: Tensor) -> str:
     return backend
 
 
-def _in_torch(step: Callable[[Tensor], tuple[Tensor, Tensor]], state: Tensor, index: Tensor) -> Tensor:
+def _in_torch(step: Callable[[Tensor], tuple[Output, Tensor]], state: Tensor, index: Tensor) -> Output:
     y, after = step(state.index_select(0, index))
     state.index_copy_(0, index, after.to(state.dtype))
     return y

@@ -1,7 +1,8 @@
 """GPU kernels of one token a row: a program takes the new token of one row and a part of that row's state.
 
-Legend: B rows, C channels, H heads, K key rows, V value columns, N SSM state size, P SSM head width, W window. KB, VB,
-... are the sizes of a program's tile, powers of two. ``x_row`` is how many elements lie between the rows of x.
+Legend: B rows, C channels, M mixtures, H heads, K key rows, V value columns, N SSM state size, P SSM head width, W
+window. KB, VB, ... are the sizes of a program's tile, powers of two. ``x_row`` is how many elements lie between the
+rows of x.
 
 ``before`` is the state that is read and ``after`` the one that is written: row b of each for token b, or, with
 ``index``, row ``index[b]`` of a pool that is both. A program reads its part once, writes it once and shares nothing
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from statewise.ops.triton_parts import silu, softplus
 
-__all__ = ["causal_conv1d", "selective_scan", "ssd", "token_shift", "wkv4", "wkv6", "wkv7"]
+__all__ = ["causal_conv1d", "selective_scan", "ssd", "token_mix", "token_shift", "wkv4", "wkv6", "wkv7"]
 
 
 @triton.jit
@@ -52,6 +53,23 @@ def token_shift(x, x_row, before, before_row, after, after_row, index, y, C, CB:
     new = tl.load(x + token * x_row + c, mask=live)
     _all_read(index)
     _put(y + token * C + c, old, live)
+    _put(after + row * after_row + c, new, live)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def token_mix(
+    x, x_row, mix, before, before_row, after, after_row, index, y, tokens, C,
+    M: tl.constexpr, ACC: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    token, row = _token(index)
+    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    live = c < C
+    old = tl.load(before + row * before_row + c, mask=live, other=0.0).to(ACC)
+    new = tl.load(x + token * x_row + c, mask=live, other=0.0).to(ACC)
+    for m in tl.static_range(M):
+        share = tl.load(mix + m * C + c, mask=live, other=0.0).to(ACC)
+        _put(y + (m * tokens + token) * C + c, new + (old - new) * share, live)
+    _all_read(index)
     _put(after + row * after_row + c, new, live)
 
 

@@ -1,7 +1,8 @@
 """One token a row by one GPU kernel: launches step_kernels.py, for the ``NAME_step`` functions and for the pools of
 :mod:`statewise.ops.pool`.
 
-Legend: B rows, C channels, H heads, K key rows, V value columns, N SSM state size, P SSM head width, W window.
+Legend: B rows, C channels, M mixtures, H heads, K key rows, V value columns, N SSM state size, P SSM head width, W
+window.
 
 Two operators are made of each kernel. ``statewise::NAME_step`` returns a new state; its gradient is that of the
 equation in plain torch, computed anew. ``statewise::NAME_step_in_place`` writes rows of a pool, and has none.
@@ -108,6 +109,7 @@ def _register(
     state: Sequence[str] = ("state",),
     optional: Sequence[str] = (),
     options: Sequence[tuple[str, str]] = (),
+    times: str = "",
 ) -> Step:
     """Register both operators of a step. Names are those of the public function's arguments.
 
@@ -119,6 +121,7 @@ def _register(
         state: names of the leaves of the state.
         optional: which of ``tensors`` may be ``None``.
         options: type and name of what else it takes.
+        times: a tensor, each of whose rows gives a y: y has another axis, the first, for those.
     """
     count, leaves = len(tensors), len(state)
     model = list(tensors).index(output)
@@ -138,7 +141,9 @@ def _register(
         return y
 
     def like(arguments: Sequence[Any]) -> Tensor:
-        return torch.empty_like(arguments[model], memory_format=torch.contiguous_format)
+        one: Tensor = arguments[model]
+        more = arguments[list(tensors).index(times)].shape[:1] if times else ()
+        return one.new_empty((*more, *one.shape))
 
     def room(arguments: Sequence[Any], before: Sequence[Tensor]) -> list[Tensor]:
         dtype = accumulation_dtype(*arguments)
@@ -187,6 +192,7 @@ def _register(
         begin = arguments[count] if leaves == 1 else WKV4State(*arguments[count:])
         function = getattr(importlib.import_module("statewise.ops"), f"{op}_step")
         y, end = function(**named, state=begin, backend="reference")
+        y = torch.stack(y) if times else y
         return [y, end] if leaves == 1 else [y, *end]
 
     pure.register_autograd(differentiate, setup_context=setup_context)
@@ -221,6 +227,13 @@ def _token_shift(t: Mapping[str, Any], options: Mapping[str, Any], state: Moved,
     C = y.shape[-1]
     grid = (y.shape[0], -(-C // _CHANNELS))
     gpu.launch(_kernels().token_shift, grid, *_rows(t["x"]), *state.arguments, y, C, warps=1, CB=_CHANNELS)
+
+
+def _token_mix(t: Mapping[str, Any], options: Mapping[str, Any], state: Moved, y: Tensor, sums: Any) -> None:
+    M, batch, C = y.shape
+    given = (*_rows(t["x"]), t["mix"].contiguous(), *state.arguments, y, batch, C)
+    grid = (batch, -(-C // _CHANNELS))
+    gpu.launch(_kernels().token_mix, grid, *given, warps=1, M=M, ACC=sums, CB=_CHANNELS)
 
 
 def _causal_conv1d(t: Mapping[str, Any], options: Mapping[str, Any], state: Moved, y: Tensor, sums: Any) -> None:
@@ -290,6 +303,7 @@ def _ssd(t: Mapping[str, Any], options: Mapping[str, Any], state: Moved, y: Tens
 #: By public name of the operator.
 STEPS: dict[str, Step] = {
     "token_shift": _register("token_shift", _token_shift, tensors=("x",), output="x"),
+    "token_mix": _register("token_mix", _token_mix, tensors=("x", "mix"), output="x", times="mix"),
     "causal_conv1d": _register(
         "causal_conv1d",
         _causal_conv1d,

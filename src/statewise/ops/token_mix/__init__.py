@@ -16,6 +16,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, valid_steps
+from statewise.ops.steps import STEPS, by_kernel
 from statewise.ops.token_mix import native, triton
 from statewise.ops.token_shift import token_shift, token_shift_step
 
@@ -70,9 +71,15 @@ def token_mix(
 def token_mix_step(
     x: Tensor, mix: Tensor, state: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """One token: x ``(B, C)`` → its mixtures ``(B, C)``, and x as the new state. Otherwise as :func:`token_mix`."""
+    """One token: x ``(B, C)`` → its mixtures ``(B, C)``, and x as the new state. Otherwise as :func:`token_mix`.
+
+    As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     check_shapes("token_mix_step", x=(x, "B C"), mix=(mix, "M C"))
-    choose("token_mix", backend, x.device)
+    form = choose("token_mix", backend, x.device)
+    if by_kernel(form, backend, x, mix, state):
+        begin = start_state("token_mix_step", state, tuple(x.shape), x, accumulation_dtype(x, mix))
+        y, last = STEPS["token_mix"].pure(x, mix, begin)
+        return y.unbind(0), last
     before, last = token_shift_step(x, state)
     return _mixtures(x, before, mix, None), last
 
