@@ -367,7 +367,8 @@ def _compare(
         return
     which, seconds = int(kind == "both"), row[f"{kind}_ms"] / 1e3
     if case.floor[which]:
-        row[f"{kind}_of_floor"] = round(least_bytes(case, dtype)[which] / rates["bytes"] / seconds, 3)
+        least = least_bytes(case, dtype)[which] / rates["bytes"]
+        row |= {f"{kind}_floor_ms": round(1e3 * least, 4), f"{kind}_of_floor": round(least / seconds, 3)}
     row[f"{kind}_of_matmul"] = round(recurrence_flops(case)[which] / rates["flops"] / seconds, 4)
     if moved is not None and row["who"] == "statewise triton":
         row[f"{kind}_bytes"] = moved[which]

@@ -100,10 +100,9 @@ def draw_gpu(document: Mapping[str, Any], path: Path) -> None:
             style = {"linewidth": 2.5} if who == "statewise triton" else {"linewidth": 1.2}
             style |= {"linestyle": "--"} if who == "torch SDPA" else {}
             axis.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=who, **style)
-        floors = sorted({(row["T"], row["both_of_floor"] * row["both_ms"]) for row in rows if "both_of_floor" in row})
-        least = {length: ms for length, ms in floors}
+        least = sorted({(row["T"], row["both_floor_ms"]) for row in rows if row.get("both_floor_ms")})
         if least:
-            axis.loglog(list(least), list(least.values()), color="grey", linestyle=":", label="memory's speed")
+            axis.loglog(*zip(*least, strict=True), color="grey", linestyle=":", label="memory's speed")
         lengths = sorted({row["T"] for row in rows})
         axis.set(title=case["label"], xlabel="T, at B x T of the title", ylabel="forward + backward, ms")
         axis.set_xticks(lengths, [_thousands(length) for length in lengths])
@@ -205,7 +204,10 @@ def draw_decode(document: Mapping[str, Any], path: Path) -> None:
         roofs = [(row["batch"], row["roof"]) for row in mine if row["how"] == mine[0]["how"] and "roof" in row]
         if roofs:
             axis.loglog(*zip(*roofs, strict=True), color="grey", linestyle=":", label="memory's speed")
+        batches = sorted({row["batch"] for row in mine})
         axis.set(title=model, xlabel="sequences at a time", ylabel="tokens a second, all together")
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     if document["rehearsal"]:

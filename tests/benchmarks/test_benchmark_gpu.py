@@ -198,6 +198,7 @@ def test_rows_have_medians_fractions_and_reasons() -> None:
     assert mine["forward_ms_range"][0] <= mine["forward_ms"] <= mine["forward_ms_range"][1]
     least = benchmark.least_bytes(case, torch.float32)[1]
     assert mine["both_of_floor"] == round(least / 1e12 / (mine["both_ms"] / 1e3), 3)
+    assert mine["both_floor_ms"] == round(least / 1e9, 4)
     assert "both_of_bandwidth" not in mine  # nothing of ours was launched
     assert theirs["skipped"] == "ValueError: T is a multiple of 16"
     assert "both_of_floor" not in attention
