@@ -21,6 +21,10 @@ import statewise
 from statewise import generate
 from statewise.inference import stir
 from statewise.inference.step_graph import StepGraph, capture_on_device
+from statewise.models.mamba3 import Mamba3
+from statewise.ops import gpu
+from statewise.ops.checks import trusting_values
+from statewise.ops.dispatch import prefer
 
 PROMPT = [5, 200, 31, 7, 90]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -98,6 +102,15 @@ def test_a_step_reads_no_value_back(family: torch.nn.Module) -> None:
     StepGraph(model, model.init_state(2), capture=watched)
     with pytest.raises(RuntimeError, match="read back"), _NothingReadBack(), torch.no_grad():
         model.step(torch.tensor([1, 2]), model.init_state(2))  # outside, values are looked at
+
+
+def test_a_step_by_gpu_kernels_reads_no_value_back(family: torch.nn.Module) -> None:
+    pytest.importorskip("triton")
+    model: Any = family
+    with gpu.capture() as launched, prefer("triton"), _NothingReadBack(), trusting_values(), torch.no_grad():
+        model.step(torch.tensor([1, 2]), model.init_state(2))
+    if not isinstance(model, Mamba3):  # its step is plain torch
+        assert launched
 
 
 def test_states_given_and_taken_are_copies(rwkv4: Any) -> None:

@@ -12,6 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import statewise
+from statewise.ops import gpu
+from statewise.ops.checks import trusting_values
+from statewise.ops.dispatch import prefer
 from statewise.training import TrainConfig, language_model_loss, train
 from statewise.training import loop as loop_module
 from statewise.training.compiled import compile_blocks
@@ -116,6 +119,21 @@ def test_a_step_waits_for_the_device_once(config: TrainConfig, model: str, monke
     monkeypatch.setattr(loop_module._Trainer, "step", watched)
     train(dataclasses.replace(config, model=model, model_fields=fields), progress=quiet)
     assert seen == [["tolist"]] * 6
+
+
+@pytest.mark.parametrize("name", ["rwkv4", "rwkv5", "rwkv6", "rwkv7", "mamba", "mamba2"])
+def test_gpu_kernels_are_launched_without_a_wait(name: str) -> None:
+    """What would be launched is noted, and nothing computed: only what the host does is looked at."""
+    pytest.importorskip("triton")
+    sizes = {} if name in ("rwkv4", "mamba") else {"head_size": 16}
+    model: Any = statewise.create(name, vocab_size=31, num_layers=2, width=32, **sizes)
+    tokens = torch.randint(31, (2, 40))
+    with gpu.capture() as launched, prefer("triton"), trusting_values(), _Reads() as reads:
+        logits, _ = model(tokens)
+        forward = len(launched)
+        torch.autograd.backward(language_model_loss(logits, tokens, l2wrap=1e-4))
+    assert 0 < forward < len(launched)
+    assert reads.found == []
 
 
 def test_values_are_looked_at_where_nobody_vouches() -> None:
