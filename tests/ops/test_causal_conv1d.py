@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from statewise.ops import gpu
 from statewise.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
-backends = pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+INTERPRETED = () if gpu.serves(torch.device("cpu")) else ("triton",)
+backends = pytest.mark.parametrize("backend", ["reference", "torch", "native", *INTERPRETED])
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -143,7 +145,8 @@ def test_half_inputs_sum_in_float32() -> None:
         ({"bias": torch.zeros(4)}, "bias has shape"),
         ({"activation": "relu"}, "'relu'; accepted are None, 'silu', 'swish'"),
         ({"state": torch.zeros(2, 4, 3)}, r"state has shape \(2, 4, 3\); accepted is \(2, 3, 3\)"),
-        ({"backend": "triton"}, "cannot serve"),
+        ({"backend": "cuda"}, "accepted are None"),
+        ({"backend": "native", "weight": torch.zeros(3, 9)}, "'native' serves W up to 8; weight has W = 9"),
     ],
 )
 def test_refusals(change: dict[str, object], message: str) -> None:
