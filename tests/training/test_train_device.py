@@ -17,6 +17,7 @@ from statewise.ops.checks import trusting_values
 from statewise.ops.dispatch import prefer
 from statewise.training import TrainConfig, language_model_loss, train
 from statewise.training import loop as loop_module
+from statewise.training import resume as resume_module
 from statewise.training.compiled import compile_blocks
 from statewise.training.data import Batch
 from statewise.training.feed import Feed
@@ -173,6 +174,24 @@ def test_a_run_may_compile(config: TrainConfig, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="compile is False, but the run in"):
         train(dataclasses.replace(config, compile=False, resume=True, steps=8), progress=quiet)
     assert TrainConfig.from_toml(Path(config.out) / "config.toml").compile
+
+
+def test_random_states_of_gpus_are_kept_by_runs_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8)]
+    taken: dict[int, int] = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: given)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one of the two is gone
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: taken.update({index: int(state)}))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert set(resume_module._random_state(cpu)) == {"cpu"}
+    kept = resume_module._random_state(cuda)
+    assert set(kept) == {"cpu", "cuda.0", "cuda.1"}
+    expected = torch.rand(3)
+    resume_module._set_random_state(kept, cpu)
+    assert taken == {}
+    assert torch.equal(torch.rand(3), expected)
+    resume_module._set_random_state(kept, cuda)
+    assert taken == {0: 1}
 
 
 def test_a_device_that_is_not_there(config: TrainConfig) -> None:

@@ -65,7 +65,7 @@ def save_run(run: Run, out: Path, config: TrainConfig, tokens_sha256: str) -> Pa
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in slots.items()}, directory / "optimizer.safetensors"
         )
-        save_file(_random_state(), directory / "random.safetensors")
+        save_file(_random_state(torch.device(config.device)), directory / "random.safetensors")
         if run.state is not None:
             run.state.save(directory / "state.safetensors")
         (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
@@ -92,7 +92,7 @@ def restore_run(path: Path, config: TrainConfig, tokens_sha256: str) -> Run:
     try:
         restore_optimizer(optimizer, model, load_file(path / "optimizer.safetensors"))
         state = load_state(path / "state.safetensors").to(device) if record["carries_state"] else None
-        _set_random_state(load_file(path / "random.safetensors"))
+        _set_random_state(load_file(path / "random.safetensors"), device)
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise SnapshotError(f"{path}: does not fit its own model: {error}") from error
     warn_of_other_threads(record)
@@ -114,15 +114,16 @@ _RECORD = {
 }
 
 
-def _random_state() -> dict[str, Tensor]:
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of all generators a run draws from; a run on the CPU does not wake a GPU."""
     found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         found |= {f"cuda.{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
     return found
 
 
-def _set_random_state(tensors: dict[str, Tensor]) -> None:
+def _set_random_state(tensors: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["cpu"])
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if device.type == "cuda" else 0):
         if f"cuda.{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
