@@ -21,7 +21,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.selective_scan import native, parallel, reference
+from statewise.ops.selective_scan import native, parallel, reference, triton
 from statewise.ops.steps import STEPS, by_kernel
 
 __all__ = ["selective_scan", "selective_scan_step"]
@@ -57,7 +57,7 @@ def selective_scan(
         state: h ``(batch, channels, N)`` to continue from; ``None`` means zeros.
         lengths: ``(batch,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, channels, N)``.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"``, ``"native"`` or ``"triton"`` (N up to 256).
 
     Returns:
         y ``(batch, T, channels)`` of x's dtype, and h after the last token, float32 (float64 if any input is float64).
@@ -68,6 +68,10 @@ def selective_scan(
     batch, time, channels, N = _check("selective_scan", "batch T", x, dt, A, B, C, D, z, dt_bias)
     rows = check_ragged("selective_scan", lengths, cu_seqlens, batch, time, x.device)
     chosen = choose("selective_scan", backend, x.device)
+    if chosen == "triton" and not 1 <= N <= (most := triton.MOST_NUMBERS):
+        if backend is not None:
+            raise ValueError(f"selective_scan: backend 'triton' serves N from 1 to {most}; A has N = {N}")
+        chosen = "torch"
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = start_state("selective_scan", state, (rows, channels, N), x, dtype)
     if time == 0:
@@ -86,6 +90,9 @@ def selective_scan(
             spans(batch, time, lengths, cu_seqlens),
         )
         return y.to(x.dtype), last
+    if chosen == "triton":
+        wide = [None if value is None else value.to(dtype) for value in (A, D, dt_bias)]
+        return triton.selective_scan([x, dt, B, C, z], wide, dt_softplus, begin, lengths, cu_seqlens)
     form = reference if chosen == "reference" else parallel
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
