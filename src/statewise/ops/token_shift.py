@@ -27,8 +27,8 @@ def token_shift(
 ) -> tuple[Tensor, Tensor]:
     """Shift a sequence by one step. The reference is already parallel in time: every backend runs the same lines.
 
-    There is no kernel on a GPU: it is a copy, which torch makes as fast, and a compiler joins it with what follows. Where
-    mixtures would read it many times there is :func:`~statewise.ops.token_mix`.
+    There is no kernel on a GPU: it is a copy, which torch makes as fast, and a compiler joins it with what follows.
+    Where mixtures would read it many times there is :func:`~statewise.ops.token_mix`.
 
     Args:
         x: ``(B, T, C)``.

@@ -16,7 +16,7 @@ _MOST = 8  # mixtures of a launch: as many as a kernel has names for
 _CHUNK = 64
 # (channels of a program, warps, tokens loaded at once): none changes a sum.
 _CHOICES = {
-    "forward": ((256, 4, 8), (512, 4, 8), (256, 4, 4)),
+    "forward": ((256, 4, 4), (512, 4, 4), (256, 4, 8)),
     "backward": ((256, 4, 2), (512, 4, 1), (512, 4, 2)),
 }
 
