@@ -516,6 +516,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print("the device does not answer any more; what was measured is kept", flush=True)
                     return 3
                 continue
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # for the next shape's large pieces
             entry["rows"] += rows
             entry["rows"].sort(key=lambda row: row["T"])
             for row in rows:
