@@ -22,7 +22,7 @@ from statewise.ops.checks import accumulation_dtype, activation_dtype, check_sha
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
-from statewise.ops.ssd import native, parallel, reference
+from statewise.ops.ssd import native, parallel, reference, triton
 from statewise.ops.steps import STEPS, by_kernel
 
 __all__ = ["ssd", "ssd_step"]
@@ -60,7 +60,7 @@ def ssd(
         state: h ``(batch, H, P, N)`` to continue from; ``None`` means zeros.
         lengths: ``(batch,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, H, P, N)``.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"``, ``"native"`` or ``"triton"`` (N up to 256).
 
     Returns:
         y ``(batch, T, H, P)`` of x's dtype, and h after the last token, float32 (float64 if any input is float64).
@@ -76,16 +76,24 @@ def ssd(
     begin = start_state("ssd", state, (rows, sizes["H"], sizes["P"], sizes["N"]), x, dtype)
     if time == 0:
         return torch.zeros_like(x), begin
-    if chosen == "native":
+    if chosen == "triton" and sizes["N"] > triton.MOST_STATES:
+        if backend is not None:
+            raise ValueError(f"ssd: backend 'triton' serves N up to {triton.MOST_STATES}; B has N = {sizes['N']}")
+        chosen = "torch"
+    if chosen in ("native", "triton"):
         if lengths is not None:  # the one input that torch computes with where the kernel never looks
             dt = blank(dt, valid_steps(lengths, time))
         size = _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+        skip = None if D is None else (D if D.dim() == 2 else D[:, None].expand(x.shape[2:])).to(dtype)
+    if chosen == "triton":
+        return triton.ssd([x, size, B, C, z], A.to(dtype), skip, begin, lengths, cu_seqlens)
+    if chosen == "native":
         carried = activation_dtype(dtype, x, B, C, z)
         x_, B_, C_, z_ = (None if value is None else value.to(carried) for value in (x, B, C, z))
         y, end = native.ssd(
             [x_, size, B_, C_, z_],
             A.to(dtype),
-            None if D is None else (D if D.dim() == 2 else D[:, None].expand(x.shape[2:])).to(dtype),
+            skip,
             begin,
             spans(batch, time, lengths, cu_seqlens),
         )

@@ -1,0 +1,332 @@
+"""GPU kernels: matrix products a chunk of tokens at a time, for every head.
+
+Legend (B and C are the paper's matrices, so sizes are spelled out): L tokens of a chunk, S tokens of a segment (whole
+chunks), H heads, E heads of a group, P width of a head, N state size; PB and NB: P and N of a tile; t, i, j tokens of a
+chunk, p and n columns. h: the state before a chunk; d: the cotangent of the state after it. G: the cotangent of h C.
+
+    M_ij = exp(Σ_{j<l≤i} dt_l A)        W_ij = M_ij (C_i·B_j)        Z_ij = G_i·x_j
+    y_i = M_i0 h C_i + Σ_{j≤i} W_ij dt_j x_j               next h = M_L0 h + Σ_j M_Lj dt_j x_j B_jᵀ
+    du_j = M_Lj d B_j + Σ_{i≥j} W_ij G_i, of u = dt x      next d, to the left = M_L0 d + Σ_i M_i0 G_i C_iᵀ
+    dB_j = Σ_heads dt_j (M_Lj dᵀ x_j + Σ_{i≥j} M_ij Z_ij C_i)
+    dC_i = Σ_heads (M_i0 hᵀ G_i + Σ_{j≤i} M_ij Z_ij dt_j B_j)
+
+The logarithm of a token's decay gets all products whose path crosses it; see `gather`.
+
+Segments are walked by independent programs: `carry` finds what each adds to the state, `pass_on` the state before each,
+`emit` the outputs. Where there is one segment a sequence, only `emit` runs. Backward walks them in both directions and
+stores the states before all chunks (`emit`) and the cotangents after them (`mirror`); what heads share comes from all
+chunks at once (`gather`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, sigmoid
+
+__all__ = ["add_up", "carry", "emit", "gather", "mirror", "pass_on"]
+
+
+@triton.jit(do_not_specialize=["time"])
+def add_up(
+    dt, A, sums, time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, L: tl.constexpr, HB: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """A chunk's step sizes and the sums of log decays through each of its tokens, as two numbers, for every head:
+    `sums` (slots, H, 3, L). Tokens that a chunk lacks have step sizes of zero.
+
+    A sum's digits are lost to large decays long gone, and with them those of a difference of two sums. So logarithms
+    are split: multiples of 1/128 are summed without rounding, and what is left of them is too small to hurt. Below
+    -1000 all decays are zero in any dtype.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
+    i, head = tl.arange(0, L), tl.program_id(1) * HB + tl.arange(0, HB)
+    if here > 0:
+        inside = head < H
+        live = (i < here)[:, None] & inside[None, :]
+        size = tl.load(dt + (first + i)[:, None] * H + head[None, :], mask=live, other=0.0)
+        log = tl.maximum(size * tl.load(A + head, mask=inside, other=0.0)[None, :], -1000.0)
+        coarse = tl.floor(log * 128.0) * 0.0078125
+        at = sums + (slot * H + head)[None, :] * (3 * L) + i[:, None]
+        tl.store(at, size, mask=inside[None, :])
+        tl.store(at + L, tl.cumsum(coarse, 0), mask=inside[None, :])
+        tl.store(at + 2 * L, tl.cumsum(log - coarse, 0), mask=inside[None, :])
+
+
+@triton.jit
+def _decays(sums, index, L: tl.constexpr):
+    """Of a chunk: step sizes; decays through each token, from after it to the end, and of all."""
+    at = sums + index * (3 * L) + tl.arange(0, L)
+    size, coarse, fine = tl.load(at), tl.load(at + L), tl.load(at + 2 * L)
+    end = sums + index * (3 * L) + 2 * L - 1
+    all_coarse, all_fine = tl.load(end), tl.load(end + L)
+    rest = tl.exp((all_coarse - coarse) + (all_fine - fine))
+    return size, tl.exp(coarse + fine), rest, tl.exp(all_coarse + all_fine)
+
+
+@triton.jit
+def _between(sums, index, L: tl.constexpr, TURNED: tl.constexpr):
+    """M, zero for j > i; its columns are i if TURNED."""
+    t = tl.arange(0, L)
+    rows, columns = sums + index * (3 * L) + L + t[:, None], sums + index * (3 * L) + L + t[None, :]
+    if TURNED:
+        log = (tl.load(columns) - tl.load(rows)) + (tl.load(columns + L) - tl.load(rows + L))
+        inside = t[:, None] <= t[None, :]
+    else:
+        log = (tl.load(rows) - tl.load(columns)) + (tl.load(rows + L) - tl.load(columns + L))
+        inside = t[:, None] >= t[None, :]
+    return tl.exp(tl.where(inside, log, float("-inf")))
+
+
+@triton.jit
+def _load(base, first, count, row, at, width: tl.constexpr, c, L: tl.constexpr, TO: tl.constexpr):
+    """Columns c of rows of `width` numbers, from `at` on, of `count` tokens that are `row` numbers long."""
+    i = tl.arange(0, L)
+    inside = (i < count)[:, None] & (c < width)[None, :]
+    return tl.load(base + first * row + at + (i[:, None] * row + c[None, :]), mask=inside, other=0.0).to(TO)
+
+
+@triton.jit
+def _store(base, first, count, row, at, width: tl.constexpr, c, L: tl.constexpr, value):
+    i = tl.arange(0, L)
+    inside = (i < count)[:, None] & (c < width)[None, :]
+    value = value.to(base.dtype.element_ty)
+    tl.store(base + first * row + at + (i[:, None] * row + c[None, :]), value, mask=inside)
+
+
+@triton.jit
+def _load_state(base, index, P: tl.constexpr, N: tl.constexpr, p, n, TO: tl.constexpr):
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    return tl.load(base + index * (P * N) + (p[:, None] * N + n[None, :]), mask=inside, other=0.0).to(TO)
+
+
+@triton.jit
+def _store_state(base, index, P: tl.constexpr, N: tl.constexpr, p, n, value):
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    tl.store(base + index * (P * N) + (p[:, None] * N + n[None, :]), value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["time", "S"])
+def carry(
+    rows, z, columns, sums, added, decay, S, time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the state, of x and B, or to the cotangent, of dy and C (REVERSE), and its decay."""
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, segment, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
+    ACC: tl.constexpr = sums.dtype.element_ty
+    MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    p, n = tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
+    if (here > 0) | (segment == 0):
+        state, passed = tl.zeros([PB, NB], ACC), tl.full([1], 1.0, ACC)
+        chunk = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
+        chunks = tl.cdiv(here.to(tl.int32), L)
+        for step in range(chunks):
+            c = chunks - 1 - step if REVERSE else step
+            token, count = first + c * L, here.to(tl.int32) - c * L
+            size, upto, rest, whole = _decays(sums, (chunk + c) * H + head, L)
+            left = _load(rows, token, count, H * P, head * P, P, p, L, ACC)
+            if z is not None:
+                gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
+                left = left * (gate * sigmoid(gate))
+            right = _load(columns, token, count, H // E * N, head // E * N, N, n, L, MUL)
+            weight = upto if REVERSE else rest * size
+            left = (left * weight[:, None]).to(MUL)
+            state = whole * state + dot(tl.trans(left), right, PRECISION)
+            passed *= whole
+        _store_state(added, slot * H + head, P, N, p, n, state)
+        tl.store(decay + slot * H + head + tl.arange(0, 1), passed)
+
+
+@triton.jit(do_not_specialize=["time", "S"])
+def pass_on(
+    begin, states, decay, S, time, lengths, cu_seqlens, row_of, size,
+    H: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """What segments add to the state, in `states`, becomes the state before each; or the cotangent after (REVERSE)."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    _, tokens = locate_row(row, time, lengths, cu_seqlens, RAGGED)
+    slot = first_slot(row, time, cu_seqlens, S, RAGGED)
+    count = tl.maximum(tl.cdiv(tokens, S), 1).to(tl.int32)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    state = tl.load(begin + (row * H + head) * size + at, mask=inside, other=0.0)
+    for step in range(count):
+        index = (slot + (count - 1 - step if REVERSE else step)) * H + head
+        added = tl.load(states + index * size + at, mask=inside, other=0.0)
+        tl.store(states + index * size + at, state, mask=inside)
+        state = tl.load(decay + index) * state + added
+
+
+@triton.jit(do_not_specialize=["time", "slots", "S"])
+def emit(
+    x, B, C, D, z, sums, start, y, end, grad_y, gated, d_z, d_D, each, parts,
+    slots, S, time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a segment from the state before it; the sequence's last segment has its last state.
+
+    With `grad_y`, for backward, instead: the states before all chunks in `each`, dz and G (`gated`) if there is a gate,
+    a row a chunk of `d_D`, and of `parts` (tiles of P, 2, slots, H, L) the first: M_i0 G_i·(h C_i).
+    """
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, segment, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
+    _, tokens = locate_row(row, time, lengths, cu_seqlens, RAGGED)
+    ACC: tl.constexpr = sums.dtype.element_ty
+    MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    i, p, n = tl.arange(0, L), tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
+    if (here > 0) | (segment == 0):
+        final = tokens <= (segment + 1) * S
+        h = _load_state(start, slot * H + head, P, N, p, n, ACC)
+        chunk = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
+        for c in range(tl.cdiv(here.to(tl.int32), L)):
+            token, count = first + c * L, here.to(tl.int32) - c * L
+            index = (chunk + c) * H + head
+            size, upto, rest, whole = _decays(sums, index, L)
+            B_ = _load(B, token, count, H // E * N, head // E * N, N, n, L, MUL)
+            C_ = _load(C, token, count, H // E * N, head // E * N, N, n, L, MUL)
+            if (y is not None) or (z is not None):
+                weights = dot(C_, tl.trans(B_), PRECISION) * _between(sums, index, L, False)
+                weights = (weights * size[None, :]).to(MUL)
+            out = dot(C_, tl.trans(h.to(MUL)), PRECISION) * upto[:, None]
+            if z is not None:
+                gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
+                gate_open = sigmoid(gate)
+            if grad_y is not None:
+                _store_state(each, index, P, N, p, n, h)
+                g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
+                if z is not None:
+                    slope = g * (gate_open * (1.0 + gate * (1.0 - gate_open)))
+                    g = g * (gate * gate_open)
+                    _store(gated, token, count, H * P, head * P, P, p, L, g)
+                tl.store(parts + (tl.program_id(2) * 2 * slots * H + index) * L + i, tl.sum(out * g, 1))
+            x_ = _load(x, token, count, H * P, head * P, P, p, L, MUL)
+            if d_D is not None:
+                tl.store(d_D + index * P + p, tl.sum(g * x_.to(ACC), 0), mask=p < P)
+            if (y is not None) or (z is not None):
+                out += dot(weights, x_, PRECISION)
+                if D is not None:
+                    out += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * x_.to(ACC)
+                if grad_y is not None:
+                    _store(d_z, token, count, H * P, head * P, P, p, L, out * slope)
+                elif z is not None:
+                    _store(y, token, count, H * P, head * P, P, p, L, out * (gate * gate_open))
+                else:
+                    _store(y, token, count, H * P, head * P, P, p, L, out)
+            late = (x_.to(ACC) * (rest * size)[:, None]).to(MUL)
+            h = whole * h + dot(tl.trans(late), B_, PRECISION)
+        if end is not None:  # noqa: SIM102 - known when compiling, the other is not
+            if final:
+                _store_state(end, row * H + head, P, N, p, n, h)
+
+
+@triton.jit(do_not_specialize=["time", "slots", "S"])
+def mirror(
+    x, g, B, C, D, sums, start, each, last, d_x, parts, slots, S, time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Backward through `emit`: dx of a segment from the cotangent after it; the sequence's first segment has that of
+    its first state. The cotangents of the states after all chunks go into `each`, and of `parts` the second:
+    M_Lj x_j·(d B_j)."""
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, segment, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
+    ACC: tl.constexpr = sums.dtype.element_ty
+    MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    i, p, n = tl.arange(0, L), tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
+    if (here > 0) | (segment == 0):
+        d = _load_state(start, slot * H + head, P, N, p, n, ACC)
+        chunk = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
+        chunks = tl.cdiv(here.to(tl.int32), L)
+        for step in range(chunks):
+            c = chunks - 1 - step
+            token, count = first + c * L, here.to(tl.int32) - c * L
+            index = (chunk + c) * H + head
+            size, upto, rest, whole = _decays(sums, index, L)
+            B_ = _load(B, token, count, H // E * N, head // E * N, N, n, L, MUL)
+            C_ = _load(C, token, count, H // E * N, head // E * N, N, n, L, MUL)
+            _store_state(each, index, P, N, p, n, d)
+            weights = (dot(B_, tl.trans(C_), PRECISION) * _between(sums, index, L, True)).to(MUL)
+            to_u = dot(B_, tl.trans(d.to(MUL)), PRECISION) * rest[:, None]
+            x_ = _load(x, token, count, H * P, head * P, P, p, L, ACC)
+            at = parts + ((tl.program_id(2) * 2 + 1) * slots * H + index) * L + i
+            tl.store(at, tl.sum(to_u * x_, 1))
+            g_ = _load(g, token, count, H * P, head * P, P, p, L, MUL)
+            to_u += dot(weights, g_, PRECISION)
+            to_x = to_u * size[:, None]
+            if D is not None:
+                to_x += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * g_.to(ACC)
+            _store(d_x, token, count, H * P, head * P, P, p, L, to_x)
+            early = (g_.to(ACC) * upto[:, None]).to(MUL)
+            d = whole * d + dot(tl.trans(early), C_, PRECISION)
+        if segment == 0:
+            _store_state(last, row * H + head, P, N, p, n, d)
+
+
+@triton.jit(do_not_specialize=["time", "slots", "total", "EB", "blocks"])
+def gather(
+    x, g, A, B, C, sums, states, cotangents, parts, d_dt, d_A, d_B, d_C, slots, total, EB, blocks,
+    time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Gradients that heads share, and those of decays: a chunk and up to EB heads of a group, one after another.
+
+    What heads add to the gradients of B and C is summed before it is multiplied. Rows of a program's own in `d_B` and
+    `d_C` (blocks of heads, all `total` tokens, G, N) are summed by torch, as are those of `d_A`, one a chunk.
+
+    The logarithm of token l's decay gets
+        Σ_{j<l≤i} Z_ij W_ij dt_j + Σ_{i≥l} M_i0 G_i·(h C_i) + Σ_{j<l} M_Lj u_j·(d B_j) + M_L0 h·d,
+    the products from token to token, from the state before the chunk, to the state after it, and from one to the other.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
+    ACC: tl.constexpr = sums.dtype.element_ty
+    MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    G: tl.constexpr = H // E
+    i, n = tl.arange(0, L), tl.arange(0, NB)
+    if here > 0:
+        B_ = _load(B, first, here, G * N, group * N, N, n, L, MUL)
+        C_ = _load(C, first, here, G * N, group * N, N, n, L, MUL)
+        scores = dot(B_, tl.trans(C_), PRECISION)
+        to_B, to_C = tl.zeros([L, NB], ACC), tl.zeros([L, NB], ACC)
+        pairs = tl.zeros([L, L], ACC)
+        for e in range(tl.minimum(E - block * EB, EB)):
+            head = group * E + block * EB + e
+            index = slot * H + head
+            size, upto, rest, whole = _decays(sums, index, L)
+            products = tl.zeros([L, L], ACC)
+            from_begin, to_dt = tl.zeros([L], ACC), tl.zeros([L], ACC)
+            through = tl.zeros([NB], ACC)
+            for k in range((P + PB - 1) // PB):
+                p = k * PB + tl.arange(0, PB)
+                h = _load_state(states, index, P, N, p, n, MUL)
+                d = _load_state(cotangents, index, P, N, p, n, MUL)
+                through += tl.sum(h.to(ACC) * d.to(ACC), 0)
+                x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
+                g_ = _load(g, first, here, H * P, head * P, P, p, L, MUL)
+                products += dot(x_, tl.trans(g_), PRECISION)
+                to_C += dot((g_.to(ACC) * upto[:, None]).to(MUL), h, PRECISION)
+                to_B += dot((x_.to(ACC) * (rest * size)[:, None]).to(MUL), d, PRECISION)
+                from_begin += tl.load(parts + (k * 2 * slots * H + index) * L + i)
+                to_dt += tl.load(parts + ((k * 2 + 1) * slots * H + index) * L + i)
+            products *= _between(sums, index, L, True)
+            pairs += products * size[:, None]
+            products *= scores
+            across = tl.cumsum(products * size[:, None], 1, reverse=True) + (size * to_dt)[:, None]
+            across = tl.where(i[:, None] < i[None, :], across, from_begin[:, None])
+            to_dt += tl.sum(products, 1)
+            log = tl.sum(across, 0) + whole * tl.sum(through, 0)
+            tl.store(d_dt + first * H + head + i * H, to_dt + tl.load(A + head) * log, mask=i < here)
+            tl.store(d_A + index, tl.sum(size * log, 0))
+        pairs = pairs.to(MUL)
+        to_B += dot(pairs, C_, PRECISION)
+        to_C += dot(tl.trans(pairs), B_, PRECISION)
+        token = block.to(tl.int64) * total + first
+        _store(d_B, token, here, G * N, group * N, N, n, L, to_B)
+        _store(d_C, token, here, G * N, group * N, N, n, L, to_C)
