@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             entry |= {"bytes_both": moved[1], "tensors": [round(m / unit, 2) for m in moved], "floor": case.floor}
             entry["kernels"] = []
             print(f"{case.label} {name}: {entry['tensors']} tensors moved, floor {list(case.floor)}", flush=True)
-            for one in _distinct(launches(case, dtype)[1]):
+            for one in _distinct(real[1]):
                 for capability in map(int, chosen.capabilities.split(",")):
                     used = compile_launch(one, capability)
                     spilled += used["spilled_bytes"] > 0

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from statewise.ops import wkv4, wkv4_step
+from statewise.ops import gpu, wkv4, wkv4_step
 from statewise.state import WKV4State
 
-BACKENDS = ("reference", "torch", "native")
+# Triton's where its interpreter runs; on a GPU tests/gpu/test_wkv4_triton.py holds it.
+INTERPRETED = () if gpu.serves(torch.device("cpu")) else ("triton",)
+BACKENDS = ("reference", "torch", "native", *INTERPRETED)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

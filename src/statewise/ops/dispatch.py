@@ -24,7 +24,7 @@ _PLANNED = {
 # An operator whose parallel form is its reference (a shift, a convolution window) lists both names all the same:
 # `backend="torch"` must work everywhere.
 _SERVED: dict[str, tuple[str, ...]] = {
-    "bi_wkv": ("reference", "torch", "native"),
+    "bi_wkv": ("reference", "torch", "native", "triton"),
     "causal_conv1d": ("reference", "torch", "native", "triton"),
     "mamba3": ("reference", "torch"),
     "selective_scan": ("reference", "torch", "native", "triton"),

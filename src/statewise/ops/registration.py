@@ -67,7 +67,8 @@ def register_pair(
         device_types: torch's names of the devices it runs on.
         time: names of inputs with a time axis.
         shared: names of inputs without one.
-        state: names of state leaves, of the dtype of sums.
+        state: names of state leaves, of the dtype of sums; there may be none, and the last of ``shared`` is of that
+            dtype then.
         output: which of ``time`` has the shape and dtype of y.
         where: declarations of what says where sequences lie, as in an operator's schema, e.g. ``"Tensor? lengths"``.
         options: declarations of what else the kernels want to know, e.g. ``"bool softplus"``.
@@ -121,16 +122,17 @@ def register_pair(
     def _(*arguments: Any) -> tuple[Tensor, ...]:
         *given, keep = arguments
         leaves = given[n_time + n_shared : n_names]
-        return (like(given[model]), *map(like, leaves), leaves[0].new_empty(kept_shape(given, keep)))
+        return (like(given[model]), *map(like, leaves), given[n_names - 1].new_empty(kept_shape(given, keep)))
 
     grads = ", ".join(f"Tensor grad_{n}" for n in ("y", *state))
-    ends_of = declare([f"{s}_end" for s in state])
+    ends_of = ", ".join(f"Tensor {s}_end" for s in state)
+    after = ", ".join(part for part in (said, ends_of, "Tensor kept", grads) if part)
 
     @torch.library.custom_op(
         f"statewise::{name}_backward",
         mutates_args=(),
         device_types=device_types,
-        schema=f"({declare(names)}, {said}, {ends_of}, Tensor kept, {grads}) -> ({', '.join(['Tensor'] * n_names)})",
+        schema=f"({declare(names)}, {after}) -> ({', '.join(['Tensor'] * n_names)})",
     )
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         given = contiguous(arguments)

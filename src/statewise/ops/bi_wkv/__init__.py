@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from statewise.ops.bi_wkv import native, parallel, reference
+from statewise.ops.bi_wkv import native, parallel, reference, triton
 from statewise.ops.checks import accumulation_dtype, activation_dtype, check_shapes
 from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
@@ -46,7 +46,8 @@ def bi_wkv(
         u: bonus of the present token, in log space ``(C,)``.
         state: must be ``None``; it stands here to be refused with the reason.
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3. ``None`` means all rows are full.
-        backend: ``None`` (fastest), ``"reference"`` (work grows with T²), ``"torch"`` or ``"native"`` (with T).
+        backend: ``None`` (fastest), ``"reference"`` (work grows with T²), ``"torch"``, ``"native"`` or ``"triton"``
+            (with T).
 
     Returns:
         y ``(B, T, C)`` of v's dtype, alone: sums are float32 (float64 if any input is float64).
@@ -66,6 +67,8 @@ def bi_wkv(
         carried = activation_dtype(dtype, k, v)
         where = spans(sizes["B"], sizes["T"], lengths, None)
         return native.bi_wkv(k.to(carried), v.to(carried), log_w.to(dtype), u.to(dtype), where).to(v.dtype)
+    if form == "triton":
+        return triton.bi_wkv(k, v, log_w.to(dtype), u.to(dtype), lengths)
     keys, values = k.to(dtype), v.to(dtype)
     valid = None if lengths is None else valid_steps(lengths, sizes["T"])
     if valid is not None:

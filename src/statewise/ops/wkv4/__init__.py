@@ -20,7 +20,7 @@ from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
 from statewise.ops.steps import STEPS, by_kernel
-from statewise.ops.wkv4 import native, parallel, reference
+from statewise.ops.wkv4 import native, parallel, reference, triton
 from statewise.state import WKV4State
 
 __all__ = ["wkv4", "wkv4_step"]
@@ -47,7 +47,7 @@ def wkv4(
         state: where to continue; ``None`` means nothing seen yet (zero sums, maximum -inf).
         lengths: ``(B,)`` int64, right-padded rows: see the contract's section 3.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then has n rows.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Returns:
         y ``(B, T, C)`` of v's dtype, and the state after the last token, float32 (float64 if any input is float64).
@@ -69,6 +69,8 @@ def wkv4(
         where = spans(batch, time, lengths, cu_seqlens)
         y, end = native.wkv4(k.to(carried), v.to(carried), log_w, u, begin, where)
         return y.to(v.dtype), end
+    if form == "triton":
+        return triton.wkv4(k, v, log_w, u, begin, lengths, cu_seqlens)
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, WKV4State]:
         keys, values = inputs
