@@ -565,7 +565,8 @@ def test_memory_checks_reach_every_kernel_and_choice() -> None:
     served = {op for op, names in ops.backends().items() if names["triton"].serves}
     for case in CASES:
         if case.op in served:
-            assert any(label.startswith(case.op) and label.endswith("packed") for label in labels), case.op
+            kinds = ["dense", "padded"] + (["packed"] if case.op != "bi_wkv" else [])
+            assert all(any(x.startswith(case.op) and x.endswith(kind) for x in labels) for kind in kinds), case.op
     assert any(label.startswith("conv-w4-silu") and "T=1 dense" in label for label in labels)
 
 
