@@ -58,8 +58,8 @@ class _Sizes(NamedTuple):
 
     def width_back(self) -> tuple[int, int]:
         """(CB, warps) where there are sums over channels, so by shape alone: at most 16 numbers a thread."""
-        CB = min(128, max(32, _power(self.E)), max(32, 2048 // self.NB))
-        return CB, CB // 32 * max(1, self.NB * CB // (512 * (CB // 32)))
+        CB = min(128, max(32, _power(self.E)), max(32, 4096 // self.NB))
+        return CB, max(CB // 32, self.NB * CB // 512)
 
 
 def _sizes(inputs: Some, state: Tensor, where: Some) -> _Sizes:
