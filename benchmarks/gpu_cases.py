@@ -122,6 +122,16 @@ CASES: tuple[GpuCase, ...] = (
         options={"dt_softplus": True},
         floor=(4, 12),
     ),
+    GpuCase(  # few channels: in segments
+        "selective_scan",
+        1,
+        4096,
+        {"C": 1536, "N": 16},
+        {"x": "B T C", "dt": "B T C", "A": "C N", "B": "B T N", "C": "B T N", "D": "C", "z": "B T C", "dt_bias": "C"},
+        wide=("A", "D", "dt_bias"),
+        options={"dt_softplus": True},
+        floor=(4, 12),
+    ),
     GpuCase(  # floor: k, v, y; then k, v, dy, dk, dv
         "wkv4",
         32,

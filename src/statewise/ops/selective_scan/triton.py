@@ -169,8 +169,9 @@ class _Kernels:
         back = grad_y is not None
         ends, total = begin.new_empty(size.slots, size.N, size.C), begin.new_empty(size.slots, size.C)
         at = size.segments.arguments
-        tensors = (x, dt, B, C, z, A, bias, grad_y, total, ends)
-        constants = {"SOFTPLUS": options[0], "HAS_Z": z is not None, "HAS_BIAS": bias is not None, "BACK": back}
+        given = (None, dt, None, C, z) if back else (x, dt, B, None, None)
+        tensors = (*given, A, bias, grad_y, total, ends)
+        constants = {"SOFTPLUS": options[0], "HAS_Z": given[4] is not None, "HAS_BIAS": bias is not None, "BACK": back}
 
         def run(choice: tuple[int, int]) -> None:
             CB, warps = choice

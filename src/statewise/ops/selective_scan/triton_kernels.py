@@ -321,8 +321,10 @@ def summary(
     rate = tl.load(A + c[None, :] * N + n[:, None], mask=live, other=0.0) * LOG2E
     shift = _vector(bias, c, i, E, ACC, CB, HAS_BIAS)
     h, steps = tl.zeros((NB, CB), ACC), tl.zeros((4, CB), ACC)
-    b_in += group * N
-    c_out += group * N
+    if BACK:
+        c_out += group * N
+    else:
+        b_in += group * N
     for done in range(0, here, 4):
         if BACK:
             t = (here - 1) // 4 * 4 - done
