@@ -90,9 +90,9 @@ CASES: tuple[GpuCase, ...] = (
         1,
         4096,
         {"H": 24, "P": 64, "G": 1, "N": 128},
-        {"x": "B T H P", "dt": "B T H", "A": "H", "B": "B T G N", "C": "B T G N", "D": "H", "z": "B T H P"},
+        {"x": "B T H P", "dt": "B T H", "A": "H", "B": "B T G N", "C": "B T G N", "D": "H"},
         wide=("dt", "A", "D"),
-        floor=(3, 8),
+        floor=(2, 5),
     ),
     GpuCase(
         "wkv6",

@@ -22,6 +22,7 @@ _PROGRAMS = 256
 _WHOLE = 1 << 20
 # Of warps and stages; neither changes a sum.
 _CHOICES = ((8, 2), (8, 1), (4, 2), (4, 1))
+_EMIT_CHOICES = ((8, 1), (8, 2), (4, 2), (4, 1))
 
 
 def _tile(size: int) -> int:
@@ -82,7 +83,8 @@ class _Call:
             warps, stages = choice
             gpu.launch(kernel, grid, *arguments, warps=warps, stages=stages, **self.sizes, **self.tiles, **constants)
 
-        run(gpu.tune(f"{self.key} {name}", self.begin.device, _CHOICES, run))
+        choices = _EMIT_CHOICES if name == "emit" else _CHOICES
+        run(gpu.tune(f"{self.key} {name}", self.begin.device, choices, run))
 
     def walk(self, kernel: Any, name: str, *arguments: Any, **constants: Any) -> None:
         """One program a segment, head and tile of P."""
