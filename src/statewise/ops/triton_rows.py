@@ -2,6 +2,9 @@
 
 Legend: C channels, c those of a program's lanes, p and t positions in a sequence (a scalar), which starts at token
 ``start`` and has ``count``; W-1 samples before it came as state, ``window`` (n, W-1, C).
+
+A condition on a position joins the mask of channels as a bound, ``c < tl.where(condition, C, 0)``: a mask & a scalar is
+one the interpreter gets wrong.
 """
 
 from __future__ import annotations
@@ -9,21 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["channels", "rows", "seen"]
-
-
-@triton.jit
-def channels(c, C, condition):
-    """A mask: the channels there are, if a condition holds. (The interpreter gets a mask & a scalar wrong.)"""
-    return c < tl.where(condition, C, 0)
+__all__ = ["rows", "seen"]
 
 
 @triton.jit
 def seen(x, window, row, start, count, p, c, C, W: tl.constexpr):
     """The sample at position p, in the dtype of the window; zero after the last and before the window."""
-    new = tl.load(x + (start + p) * C + c, mask=channels(c, C, (p >= 0) & (p < count)), other=0.0)
+    new = tl.load(x + (start + p) * C + c, mask=c < tl.where((p >= 0) & (p < count), C, 0), other=0.0)
     at = window + (row * (W - 1) + W - 1 + p) * C + c
-    old = tl.load(at, mask=channels(c, C, (p < 0) & (p >= 1 - W)), other=0.0)
+    old = tl.load(at, mask=c < tl.where((p < 0) & (p >= 1 - W), C, 0), other=0.0)
     return new.to(old.dtype) + old
 
 
@@ -33,5 +30,5 @@ def rows(x, start, count, t, c, C, N: tl.constexpr):
     under way at once."""
     found = ()
     for s in tl.static_range(N):
-        found = found + (tl.load(x + (start + t + s) * C + c, mask=channels(c, C, t + s < count), other=0.0),)
+        found = found + (tl.load(x + (start + t + s) * C + c, mask=c < tl.where(t + s < count, C, 0), other=0.0),)
     return found

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from statewise.ops.triton_parts import locate_row, locate_slot, sigmoid
-from statewise.ops.triton_rows import channels, rows, seen
+from statewise.ops.triton_rows import rows, seen
 
 __all__ = ["backward", "forward"]
 
@@ -64,7 +64,7 @@ def forward(
             if SILU:
                 total = total * sigmoid(total)
             at = y + (start + t + s) * C + c
-            tl.store(at, total.to(y.dtype.element_ty), mask=channels(c, C, t + s < count))
+            tl.store(at, total.to(y.dtype.element_ty), mask=c < tl.where(t + s < count, C, 0))
     if chunk == 0:  # every sequence has a first chunk, be it empty
         for i in tl.static_range(W - 1):
             last = seen(x, window, row, start, count, count + i - (W - 1), c, C, W)
@@ -111,14 +111,14 @@ def backward(
             p = t - (W - 1)
             i = t - count  # where p stands in the last window
             at = grad_end + (row * (W - 1) + i) * C + c
-            found = tl.load(at, mask=channels(c, C, (i >= 0) & (i < W - 1)), other=0.0)
+            found = tl.load(at, mask=c < tl.where((i >= 0) & (i < W - 1), C, 0), other=0.0)
             for k in tl.static_range(W):
                 found += taps[W - 1 - k] * pulls[k]
             mine = (p >= low) & (p < stop)
             at = d_x + (start + p) * C + c
-            tl.store(at, found.to(d_x.dtype.element_ty), mask=channels(c, C, mine & (p >= 0)))
+            tl.store(at, found.to(d_x.dtype.element_ty), mask=c < tl.where(mine & (p >= 0), C, 0))
             at = d_window + (row * (W - 1) + W - 1 + p) * C + c
-            tl.store(at, found, mask=channels(c, C, mine & (p < 0)))
+            tl.store(at, found, mask=c < tl.where(mine & (p < 0), C, 0))
     # A chunk without tokens has gradients of zero, and says so: torch sums all rows.
     for k in tl.static_range(W):
         tl.store(d_weight + (slot * C + c) * W + k, sums[k], mask=c < C)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from statewise.ops.triton_parts import locate_row, locate_slot
-from statewise.ops.triton_rows import channels, rows, seen
+from statewise.ops.triton_rows import rows, seen
 
 __all__ = ["backward", "forward"]
 
@@ -45,7 +45,7 @@ def forward(
         for s in tl.static_range(S):
             now = new[s].to(before.dtype)
             change = before - now
-            live = channels(c, C, t + s < count)
+            live = c < tl.where(t + s < count, C, 0)
             for m in tl.static_range(M):
                 y = now + change * mixes[m]
                 tl.store(ys[m] + (start + t + s) * C + c, y.to(x.dtype.element_ty), mask=live)
@@ -84,7 +84,7 @@ def backward(
             now = new[s].to(before.dtype)
             change = tl.where(t < stop, before - now, 0.0)  # the next chunk sums its own
             # To the token before: what it kept for itself, its place as the last token, and what this one owes it.
-            found = kept + tl.load(grad_end + row * C + c, mask=channels(c, C, t == count), other=0.0)
+            found = kept + tl.load(grad_end + row * C + c, mask=c < tl.where(t == count, C, 0), other=0.0)
             kept = tl.zeros_like(before)
             added = ()
             for m in tl.static_range(M):
@@ -97,8 +97,8 @@ def backward(
             before = now
             p = t - 1
             mine = (p >= low) & (p < stop)
-            tl.store(d_x + (start + p) * C + c, found.to(x.dtype.element_ty), mask=channels(c, C, mine & (p >= 0)))
-            tl.store(d_state + row * C + c, found, mask=channels(c, C, mine & (p < 0)))
+            tl.store(d_x + (start + p) * C + c, found.to(x.dtype.element_ty), mask=c < tl.where(mine & (p >= 0), C, 0))
+            tl.store(d_state + row * C + c, found, mask=c < tl.where(mine & (p < 0), C, 0))
     # A chunk without tokens has gradients of zero, and says so: torch sums all rows.
     for m in tl.static_range(M):
         tl.store(d_mix + (slot * M + m) * C + c, sums[m], mask=c < C)
