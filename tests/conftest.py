@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,33 @@ settings.load_profile("settled")
 # Without a GPU, Triton kernels run in Triton's interpreter; it has to be asked for before any of them is imported.
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """The interpreter patches triton.language anew whenever one device function calls another: half of its time."""
+    import triton.language
+    from triton.runtime import interpreter
+
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    seen: set[frozenset[str]] = set()
+
+    def patch_once(function: Any) -> Any:
+        modules = (triton.language, triton.language.core)
+        names = frozenset(x.__name__ for x in function.__globals__.values() if any(x is one for one in modules))
+        if names in seen:
+            return None
+        seen.add(names)
+        return patch(function)
+
+    def launch(*arguments: Any, **options: Any) -> Any:
+        seen.clear()
+        return run(*arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_the_language_once_a_launch()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

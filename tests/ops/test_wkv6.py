@@ -58,7 +58,7 @@ def run(inputs: list[Tensor], state: Tensor, **options: object) -> list[Tensor]:
     return [y.detach(), end.detach(), *torch.autograd.grad([y, end], leaves, [dy, dend])]
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
 @pytest.mark.parametrize("name", ["op_wkv5", "op_wkv6"])
 @pytest.mark.parametrize("suffix", ["", "_s"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 5e-7), (torch.float32, 2e-5)])
@@ -137,7 +137,7 @@ def test_a_sum_by_hand() -> None:
     r = k = torch.ones(1, 3, 1, 1)
     v = torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1)
     log_w = torch.log(torch.tensor([0.1, 0.5, 0.25])).view(1, 3, 1, 1)
-    for backend in ("reference", "torch", "native"):
+    for backend in ("reference", "torch", "native", "triton"):
         y, end = wkv6(r, log_w, k, v, torch.tensor([2.0]), backend=backend)
         torch.testing.assert_close(y.flatten(), torch.tensor([2.0, 1.0 + 20.0, 0.5 + 10.0 + 200.0]))
         torch.testing.assert_close(end.flatten(), torch.tensor([0.25 * (0.5 + 10.0) + 100.0]))
@@ -274,7 +274,6 @@ def test_no_rows(backend: str, kind: str) -> None:
         ({"u": torch.zeros(8)}, r"wkv6: u has shape .* accepted is \(H\) with H=2"),
         ({"state": torch.zeros(2, 2, 5, 8)}, r"wkv6: state has shape .* accepted is \(2, 2, 8, 5\)"),
         ({"r": torch.zeros(2, 37, 2, 8, dtype=torch.int64)}, "wkv6: r has dtype"),
-        ({"backend": "triton"}, "cannot serve"),
         ({"lengths": torch.tensor([1, 38])}, "lengths"),
         ({"lengths": torch.tensor([1, 2]), "cu_seqlens": torch.tensor([0, 37])}, "both"),
     ],

@@ -24,7 +24,7 @@ from statewise.ops.dispatch import choose
 from statewise.ops.kernels import spans
 from statewise.ops.ragged import blank, check_ragged, run_packed, valid_steps
 from statewise.ops.steps import STEPS, by_kernel
-from statewise.ops.wkv6 import native, parallel, reference
+from statewise.ops.wkv6 import native, parallel, reference, triton
 
 __all__ = ["wkv6", "wkv6_step"]
 
@@ -53,7 +53,7 @@ def wkv6(
         state: S ``(B, H, K, V)`` to continue from; ``None`` means zeros.
         lengths: ``(B,)`` int64, right-padded rows: outputs past a length are zero, the state is the one at the length.
         cu_seqlens: ``(n + 1,)`` int64, sequences packed into one row; the state then is ``(n, H, K, V)``.
-        backend: ``None`` (fastest), ``"reference"``, ``"torch"`` or ``"native"``.
+        backend: ``None`` (fastest), ``"reference"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Returns:
         y ``(B, T, H, V)`` of v's dtype, and S after the last token, float32 (float64 if any input is float64).
@@ -82,6 +82,9 @@ def wkv6(
         decays = log_w.to(carried if log_w.dim() == 4 else dtype)
         y, last = native.wkv6(r.to(carried), decays, k.to(carried), v.to(carried), bonus, begin, where)
         return y.to(v.dtype), last
+    if form == "triton":
+        decays = log_w if log_w.dim() == 4 else log_w.to(dtype)
+        return triton.wkv6(r, decays, k, v, bonus, begin, lengths, cu_seqlens)
     log_w = log_w.to(dtype)
 
     def run(inputs: Sequence[Tensor], leaves: Sequence[Tensor], counts: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
