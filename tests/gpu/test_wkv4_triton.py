@@ -11,6 +11,7 @@ from torch import Tensor
 
 from statewise.ops import wkv4
 from statewise.state import WKV4State
+from statewise.testing.tolerances import bound
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = DEVICE == "cuda"
@@ -73,8 +74,9 @@ def test_half_precision(monkeypatch: pytest.MonkeyPatch, spread: float, serial: 
 
 @every_way
 def test_single_precision_from_either_end_of_the_keys(monkeypatch: pytest.MonkeyPatch, serial: bool) -> None:
-    """An offset of all keys, or repeated ones, cost no digits."""
+    """An offset of all keys, or repeated ones, cost outputs no digits."""
     go(monkeypatch, serial)
+    limits = bound("wkv4", torch.float32)
     for offset, repeat in ((0.0, False), (256.0, False), (-256.0, True)):
         low = {name: x.float() for name, x in draw(2, 70, 8).items()}
         low["k"] = low["k"].bfloat16().float() + offset
@@ -82,8 +84,9 @@ def test_single_precision_from_either_end_of_the_keys(monkeypatch: pytest.Monkey
         if repeat:
             low["k"][:, 1:] = low["k"][:, :1]
         got, want = run(low, "triton"), run({name: x.double() for name, x in low.items()}, "reference")
+        assert errors(got, want)["y"] <= 1e-6
         for name, error in errors(got, want).items():
-            assert error <= 2e-5, (name, offset, error)
+            assert error <= (limits.gradient if name.startswith("d_") else limits.forward), (name, offset, error)
 
 
 @every_way

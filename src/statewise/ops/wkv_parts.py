@@ -38,8 +38,8 @@ def nothing(like):
 
 @triton.jit
 def bounded(log_w, c, live_c):
-    """log_w ``(CB,)``; no step of -inf is 0, so it is a large number instead."""
-    return tl.maximum(tl.load(log_w + c, mask=live_c, other=0.0), -1e30)
+    """log_w ``(CB,)``; no step of -inf is 0, so it is a number instead, far below keys masked with -1e30."""
+    return tl.maximum(tl.load(log_w + c, mask=live_c, other=0.0), -1e34)
 
 
 @triton.jit

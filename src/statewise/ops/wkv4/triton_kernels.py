@@ -215,10 +215,10 @@ def _replay(
     losses = ()
     for t in tl.static_range(U):
         before, now, z_key, z_far = meet(key, far, k[t], u)
-        inverse = 1.0 / (den * before + now)
-        y = (num * before + v[t] * now) * inverse
+        total = den * before + now
+        y = (num * before + v[t] * now) / total  # divided as the first average is: where that outweighs, they are equal
         there = live[t] > 0.0
-        a = tl.where(there, g[t] * inverse, 0.0)
+        a = tl.where(there, g[t] / total, 0.0)
         pulls = pulls + (a,)
         averages = averages + (tl.where(there, y, 0.0),)
         keys = keys + (tl.where(there, -z_key, nothing(a)),)
