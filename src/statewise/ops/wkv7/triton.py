@@ -20,6 +20,10 @@ __all__ = ["MOST", "wkv7"]
 #: Key rows and value columns of a head that fit on chip.
 MOST = 128
 
+_CHUNK = 32
+# Key rows at a time where not all are needed at once, forward and backward.
+_BANDS = (32, 64)
+
 
 class _Plan(NamedTuple):
     """How a call is computed. A chunk is what fits on chip; how it is cut never depends on T or B."""
@@ -32,7 +36,7 @@ class _Plan(NamedTuple):
     L: int
     middle: torch.dtype  # of what goes between kernels
     precision: str
-    inverse: str
+    fine: str  # precision of what is inside a chunk
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -48,10 +52,9 @@ def _plan(inputs: Some, leaves: Some, options: Some) -> _Plan:
     dtype = torch.bfloat16 if half and state.dtype != torch.float64 else state.dtype
     precision = gpu.dot_precision(dtype, options[0])
     coarse = precision.startswith("bf16")
-    # The inverse keeps eleven bits: of eight, those of equal keys would show.
-    inverse = gpu.dot_precision(dtype, True) if coarse else precision
-    length = 64 if coarse and max(KP, VP) <= 64 else 32
-    return _Plan(H, K, V, KP, VP, length, torch.bfloat16 if coarse else state.dtype, precision, inverse)
+    # Inside a chunk, what equal keys add to a value and what they take away nearly cancel: eight bits would show.
+    fine = gpu.dot_precision(dtype, True) if coarse else precision
+    return _Plan(H, K, V, KP, VP, _CHUNK, torch.bfloat16 if coarse else state.dtype, precision, fine)
 
 
 def _shapes(plan: _Plan, slots: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -90,7 +93,9 @@ class _Kernels:
 
     def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
         plan = _plan(inputs, leaves, options)
-        return (_room(plan, gpu.place(inputs[3], where, plan.L).slots, leaves[0].dtype),)
+        batch, time = inputs[3].shape[:2]
+        slots = gpu.slot_count(batch, time, where[1], plan.L)
+        return (_room(plan, slots, leaves[0].dtype),)
 
     def forward(
         self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
@@ -114,7 +119,8 @@ class _Kernels:
             **plan.sizes,
             RAGGED=at.ragged,
             KEEP=keep,
-            INVERSE=plan.inverse,
+            CB=min(_BANDS[0], plan.KP),
+            FINE=plan.fine,
             warps=8,
         )
         self._scan(kernels.scan, (move, add, decay, state, states, end), plan, at, reverse=False)
@@ -153,6 +159,8 @@ class _Kernels:
             *(*at.arguments, plan.H, plan.K, plan.V),
             **plan.sizes,
             RAGGED=at.ragged,
+            CB=min(_BANDS[1], plan.KP),
+            FINE=plan.fine,
             warps=8,
         )
         return grads, [], [d_state]

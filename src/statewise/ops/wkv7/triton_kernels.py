@@ -1,8 +1,9 @@
 """GPU kernels: a program takes a chunk of one head of one sequence; one more walks from chunk to chunk.
 
 Legend: L tokens of a chunk, H heads, K key rows, V value columns, KP and VP the two padded, VB columns of a program of
-the scan. D(t, i) = exp(Σ_{i<j≤t} log_w_j). S is the state a chunk starts from, S' the one it ends with; the names of
-README.md beside this file: a_in, r_in, b_out, k_out with decays to the chunk's start and end, ab, ak, rb, rk (L, L).
+the scan, CB key rows at a time. D(t, i) = exp(Σ_{i<j≤t} log_w_j). S is the state a chunk starts from, S' the one it
+ends with; the names of README.md beside this file: a_in, r_in, b_out, k_out with decays to the chunk's start and end,
+and ab, ak, rb, rk (L, L). PRECISION is that of products, FINE that of what is inside a chunk.
 
     X = (I - ab)⁻¹      W = X a_in      U = X ak V         what a finds: F = W S + U
     read = r_in + rb W      y = read S + (rb U + rk V)      S' = (diag D(L,0) + move) S + add
@@ -30,20 +31,24 @@ _SPLITTABLE = tl.constexpr(40.0)
 
 
 @triton.jit
-def _tokens(x, first, here, head, H, C, L: tl.constexpr, CP: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr):
-    """Tokens SHIFT .. SHIFT + L of a chunk, (L, CP); zero where there is none."""
+def _tokens(
+    x, first, here, head, H, C, c0, L: tl.constexpr, CB: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Columns c0 .. c0 + CB of tokens SHIFT .. SHIFT + L of a chunk; zero where there is none."""
     t = tl.arange(0, L) + SHIFT
-    c = tl.arange(0, CP)
+    c = c0 + tl.arange(0, CB)
     mask = ((t >= 0) & (t < here))[:, None] & (c < C)[None, :]
-    return tl.load(x + ((first + t) * H + head)[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
+    # One address of 64 bits, and small distances from it.
+    return tl.load(x + (first * H + head) * C + (t * (H * C))[:, None] + c[None, :], mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _put(x, value, first, here, head, H, C, L: tl.constexpr, CP: tl.constexpr):
+def _put(x, value, first, here, head, H, C, c0, L: tl.constexpr, CB: tl.constexpr):
     t = tl.arange(0, L)
-    c = tl.arange(0, CP)
+    c = c0 + tl.arange(0, CB)
     mask = (t < here)[:, None] & (c < C)[None, :]
-    tl.store(x + ((first + t) * H + head)[:, None] * C + c[None, :], value.to(x.dtype.element_ty), mask=mask)
+    at = x + (first * H + head) * C + (t * (H * C))[:, None] + c[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -53,29 +58,37 @@ def _tile(x, at, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _one(x, first, i, here, head, H, C, CP: tl.constexpr, ACC: tl.constexpr):
-    """Token i of a chunk, (1, CP); zero if there is none."""
-    c = tl.arange(0, CP)
-    mask = (c < C) & (i + 0 * c < here)
+def _band(x, at, r0, R: tl.constexpr, RB: tl.constexpr, C: tl.constexpr):
+    """Where rows r0 .. r0 + RB of that tile lie."""
+    return x + at * (R * C) + (r0 + tl.arange(0, RB))[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def _one(x, first, i, here, head, H, C, c0, CB: tl.constexpr, ACC: tl.constexpr):
+    """Token i of a chunk, (1, CB); zero if there is none."""
+    c = c0 + tl.arange(0, CB)
+    mask = (c < C) & (i + 0 * c < here)  # a mask & a scalar the interpreter gets wrong
     return tl.load(x + ((first + i) * H + head) * C + c, mask=mask, other=0.0).to(ACC)[None, :]
 
 
 @triton.jit
 def _strong_decay(log_w, first, here, head, H, K, L: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr):
     """Whether some key row of the chunk forgets too much for decays to be split around the middle."""
-    total = tl.sum(_tokens(log_w, first, here, head, H, K, L, KP, 0, ACC), 0)
+    total = tl.sum(_tokens(log_w, first, here, head, H, K, 0, L, KP, 0, ACC), 0)
     return tl.min(total, 0) < -_SPLITTABLE
 
 
 @triton.jit
-def _decays(log_w, first, here, head, H, K, L: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr, STRONG: tl.constexpr):
-    """Log decays: from the chunk's start through t, through t - 1, from t + 1 through the end, and of it all (KP,)."""
-    each = _tokens(log_w, first, here, head, H, K, L, KP, 0, ACC)
+def _decays(
+    log_w, first, here, head, H, K, c0, L: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr, STRONG: tl.constexpr
+):  # fmt: skip
+    """Log decays: from the chunk's start through t, through t - 1, from t + 1 through the end, and of it all (CB,)."""
+    each = _tokens(log_w, first, here, head, H, K, c0, L, CB, 0, ACC)
     upto = tl.cumsum(each, 0)
     total = tl.sum(each, 0)
     if STRONG:  # sums of the very steps they mean: differences would lose digits, or be inf - inf
-        before = tl.cumsum(_tokens(log_w, first, here, head, H, K, L, KP, -1, ACC), 0)
-        after = tl.cumsum(_tokens(log_w, first, here, head, H, K, L, KP, 1, ACC), 0, reverse=True)
+        before = tl.cumsum(_tokens(log_w, first, here, head, H, K, c0, L, CB, -1, ACC), 0)
+        after = tl.cumsum(_tokens(log_w, first, here, head, H, K, c0, L, CB, 1, ACC), 0, reverse=True)
     else:
         before = upto - each
         after = total[None, :] - upto
@@ -90,34 +103,63 @@ def _causal(x, L: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _products_strong(
-    r, a, log_w, k, b, first, here, head, H, K, L: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr
+def _products(
+    xb, xk, x, log_w, k, b, first, here, head, H, K, c0,
+    L: tl.constexpr, CB: tl.constexpr, STRICT: tl.constexpr, ACC: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """rb, rk, ab, ak for any log_w ≤ 0: column after column, decays as running products of steps."""
-    t = tl.arange(0, L)
-    rb = tl.zeros([L, L], ACC)
-    rk = tl.zeros([L, L], ACC)
-    ab = tl.zeros([L, L], ACC)
-    ak = tl.zeros([L, L], ACC)
-    down_r = tl.zeros([L, KP], ACC)  # D(t, i)
-    down_a = tl.zeros([L, KP], ACC)  # D(t - 1, i)
-    for n in range(here):
-        i = here - 1 - n
-        step = tl.exp(_one(log_w, first, i + 1, here, head, H, K, KP, ACC))
-        down_r = tl.where((t == i)[:, None], 1.0, down_r * step)
-        down_a = tl.where((t == i + 1)[:, None], 1.0, down_a * step)
-        key = _one(k, first, i, here, head, H, K, KP, ACC)
-        back = _one(b, first, i, here, head, H, K, KP, ACC)
-        column = (t == i)[None, :]
-        rb = tl.where(column, tl.sum(r * down_r * back, 1)[:, None], rb)
-        rk = tl.where(column, tl.sum(r * down_r * key, 1)[:, None], rk)
-        ab = tl.where(column, tl.sum(a * down_a * back, 1)[:, None], ab)
-        ak = tl.where(column, tl.sum(a * down_a * key, 1)[:, None], ak)
-    return rb, rk, ab, ak
+    """rb and rk (x is r), or ab and ak (x is a, STRICT: before the step, not after), so far summed over key rows before
+    c0, with CB more. What is not causal is left to be cut off."""
+    upto, before, _, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, False)
+    middle = 0.5 * total[None, :]
+    up = tl.exp(middle - upto)
+    xs = _tokens(x, first, here, head, H, K, c0, L, CB, 0, ACC) * tl.exp((before if STRICT else upto) - middle)
+    bs = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * up
+    xb += dot(xs, tl.trans(bs), FINE)
+    ks = _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * up
+    xk += dot(xs, tl.trans(ks), FINE)
+    return xb, xk
 
 
 @triton.jit
-def _inverse(n, L: tl.constexpr, INVERSE: tl.constexpr):
+def _products_strong(
+    xb, xk, x, log_w, k, b, first, here, head, H, K, c0,
+    L: tl.constexpr, CB: tl.constexpr, STRICT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The same for any log_w ≤ 0: column after column, decays as running products of steps."""
+    t = tl.arange(0, L)
+    xs = _tokens(x, first, here, head, H, K, c0, L, CB, 0, ACC)
+    down = tl.zeros([L, CB], ACC)  # D(t, i), or D(t - 1, i)
+    for n in range(here):
+        i = here - 1 - n
+        step = tl.exp(_one(log_w, first, i + 1, here, head, H, K, c0, CB, ACC))
+        down = tl.where((t == (i + 1 if STRICT else i))[:, None], 1.0, down * step)
+        seen = xs * down
+        column = (t == i)[None, :]
+        back = _one(b, first, i, here, head, H, K, c0, CB, ACC)
+        xb += tl.where(column, tl.sum(seen * back, 1)[:, None], 0.0)
+        key = _one(k, first, i, here, head, H, K, c0, CB, ACC)
+        xk += tl.where(column, tl.sum(seen * key, 1)[:, None], 0.0)
+    return xb, xk
+
+
+@triton.jit
+def _all_products(
+    x, log_w, k, b, first, here, head, H, K, L: tl.constexpr, KP: tl.constexpr, CB: tl.constexpr,
+    STRICT: tl.constexpr, ACC: tl.constexpr, STRONG: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """rb and rk, or ab and ak."""
+    xb = tl.zeros([L, L], ACC)
+    xk = tl.zeros([L, L], ACC)
+    for c0 in range(0, KP, CB):
+        if STRONG:
+            xb, xk = _products_strong(xb, xk, x, log_w, k, b, first, here, head, H, K, c0, L, CB, STRICT, ACC)
+        else:
+            xb, xk = _products(xb, xk, x, log_w, k, b, first, here, head, H, K, c0, L, CB, STRICT, ACC, FINE)
+    return _causal(xb, L, STRICT), _causal(xk, L, STRICT)
+
+
+@triton.jit
+def _inverse(n, L: tl.constexpr, FINE: tl.constexpr):
     """(I - n)⁻¹ of a strictly lower triangular n: of single positions, of pairs, and so on, exact but for rounding.
 
     No power of n is ever formed: with equal keys those grow and cancel.
@@ -130,7 +172,7 @@ def _inverse(n, L: tl.constexpr, INVERSE: tl.constexpr):
         later = t[:, None] // size
         earlier = t[None, :] // size
         border = tl.where((later // 2 == earlier // 2) & (later > earlier), n, 0.0)
-        x += dot(dot(x, border, INVERSE), x, INVERSE)
+        x += dot(dot(x, border, FINE), x, FINE)
         size *= 2
     return x
 
@@ -138,67 +180,61 @@ def _inverse(n, L: tl.constexpr, INVERSE: tl.constexpr):
 @triton.jit
 def _chunk(
     r, log_w, k, v, a, b, read, add_y, move, add, decay, inverse, at, first, here, head, H, K, V,
-    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
-    STRONG: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CB: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
+    STRONG: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     MID: tl.constexpr = read.dtype.element_ty
-    upto, before, after, total = _decays(log_w, first, here, head, H, K, L, KP, ACC, STRONG)
-    rs = _tokens(r, first, here, head, H, K, L, KP, 0, ACC)
-    as_ = _tokens(a, first, here, head, H, K, L, KP, 0, ACC)
-    ks = _tokens(k, first, here, head, H, K, L, KP, 0, ACC)
-    bs = _tokens(b, first, here, head, H, K, L, KP, 0, ACC)
-    vs = _tokens(v, first, here, head, H, V, L, VP, 0, ACC).to(MID)
-    if STRONG:
-        rb, rk, ab, ak = _products_strong(rs, as_, log_w, k, b, first, here, head, H, K, L, KP, ACC)
-    else:
-        middle = 0.5 * total[None, :]
-        up = tl.exp(middle - upto)
-        r_mid = (rs * tl.exp(upto - middle)).to(MID)
-        a_mid = (as_ * tl.exp(before - middle)).to(MID)
-        b_mid = tl.trans((bs * up).to(MID))
-        k_mid = tl.trans((ks * up).to(MID))
-        rb = _causal(dot(r_mid, b_mid, PRECISION), L, False)
-        rk = _causal(dot(r_mid, k_mid, PRECISION), L, False)
-        ab = _causal(dot(a_mid, b_mid, PRECISION), L, True)
-        ak = _causal(dot(a_mid, k_mid, PRECISION), L, True)
-    x = _inverse(ab, L, INVERSE).to(MID)
+    ab, ak = _all_products(a, log_w, k, b, first, here, head, H, K, L, KP, CB, True, ACC, STRONG, FINE)
+    x = _inverse(ab, L, FINE)
     if KEEP:
-        tl.store(_tile(inverse, at, L, L), x)
-    w = dot(x, (as_ * tl.exp(before)).to(MID), PRECISION).to(MID)
-    u = dot(x, dot(ak, vs, PRECISION).to(MID), PRECISION).to(MID)
+        tl.store(_tile(inverse, at, L, L), x.to(MID))
+    vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, ACC)
+    u = dot(x, dot(ak, vs, FINE), FINE)
+    rb, rk = _all_products(r, log_w, k, b, first, here, head, H, K, L, KP, CB, False, ACC, STRONG, FINE)
+    tl.store(_tile(add_y, at, L, VP), (dot(rk, vs, FINE) + dot(rb, u, FINE)).to(MID))
+    x = x.to(MID)
     rb = rb.to(MID)
-    tl.store(_tile(read, at, L, KP), (rs * tl.exp(upto) + dot(rb, w, PRECISION)).to(MID))
-    tl.store(_tile(add_y, at, L, VP), (dot(rb, u, PRECISION) + dot(rk, vs, PRECISION)).to(MID))
-    out = tl.exp(after)
-    b_out = tl.trans((bs * out).to(MID))
-    tl.store(_tile(move, at, KP, KP), dot(b_out, w, PRECISION).to(MID))
-    k_out = tl.trans((ks * out).to(MID))
-    tl.store(_tile(add, at, KP, VP), (dot(b_out, u, PRECISION) + dot(k_out, vs, PRECISION)).to(MID))
+    u = u.to(MID)
+    vs = vs.to(MID)
+    upto, before, _, total = _decays(log_w, first, here, head, H, K, 0, L, KP, ACC, STRONG)
+    as_ = _tokens(a, first, here, head, H, K, 0, L, KP, 0, ACC) * tl.exp(before)
+    w = dot(x, as_.to(MID), PRECISION).to(MID)
+    rs = _tokens(r, first, here, head, H, K, 0, L, KP, 0, ACC) * tl.exp(upto)
+    tl.store(_tile(read, at, L, KP), (rs + dot(rb, w, PRECISION)).to(MID))
     tl.store(decay + at * KP + tl.arange(0, KP), tl.exp(total))
+    for c0 in range(0, KP, CB):
+        out = tl.exp(_decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)[2])
+        bs = tl.trans((_tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * out).to(MID))
+        tl.store(_band(move, at, c0, KP, CB, KP), dot(bs, w, PRECISION).to(MID))
+        ks = tl.trans((_tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * out).to(MID))
+        more = dot(bs, u, PRECISION) + dot(ks, vs, PRECISION)
+        tl.store(_band(add, at, c0, KP, CB, VP), more.to(MID))
 
 
 @triton.jit(do_not_specialize=["time"])
 def chunk(
-    r, log_w, k, v, a, b, read, add_y, move, add, decay, inverse, time, lengths, cu_seqlens, row_of, H, K, V,
-    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, RAGGED: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    r, log_w, k, v, a, b, read, add_y, move, add, decay, inverse, time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CB: tl.constexpr, RAGGED: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """A chunk as an affine map of the state, and as what its tokens read."""
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     ACC: tl.constexpr = decay.dtype.element_ty
     _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
+    here = here.to(tl.int32)
     if here > 0:
         at = slot * H + head
         if _strong_decay(log_w, first, here, head, H, K, L, KP, ACC):
             _chunk(
                 r, log_w, k, v, a, b, read, add_y, move, add, decay, inverse, at, first, here, head, H, K, V,
-                L, KP, VP, KEEP, ACC, True, PRECISION, INVERSE,
+                L, KP, VP, CB, KEEP, ACC, True, PRECISION, FINE,
             )  # fmt: skip
         else:
             _chunk(
                 r, log_w, k, v, a, b, read, add_y, move, add, decay, inverse, at, first, here, head, H, K, V,
-                L, KP, VP, KEEP, ACC, False, PRECISION, INVERSE,
+                L, KP, VP, CB, KEEP, ACC, False, PRECISION, FINE,
             )  # fmt: skip
 
 
@@ -249,7 +285,7 @@ def emit(
     if here > 0:
         at = slot * H + head
         seen = dot(tl.load(_tile(read, at, L, KP)), tl.load(_tile(states, at, KP, VP)), PRECISION)
-        _put(y, seen + tl.load(_tile(add_y, at, L, VP)), first, here, head, H, V, L, VP)
+        _put(y, seen + tl.load(_tile(add_y, at, L, VP)), first, here, head, H, V, 0, L, VP)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -264,7 +300,7 @@ def pull(
     if here > 0:
         at = slot * H + head
         seen = tl.load(_tile(read, at, L, KP))
-        dy = _tokens(grad_y, first, here, head, H, V, L, VP, 0, seen.dtype)
+        dy = _tokens(grad_y, first, here, head, H, V, 0, L, VP, 0, seen.dtype)
         tl.store(_tile(add, at, KP, VP), dot(tl.trans(seen), dy, PRECISION).to(seen.dtype))
 
 
@@ -276,25 +312,27 @@ def _column(x, i, L: tl.constexpr):
 
 @triton.jit
 def _grads_strong(
-    r, a, d_rb, d_rk, d_ab, d_ak, log_w, k, b, first, here, head, H, K,
-    L: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr,
+    d_rb, d_rk, d_ab, d_ak, r, log_w, k, a, b, first, here, head, H, K, c0,
+    L: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`_products_strong` gives back to r, a, b, k and log_w."""
+    """What :func:`_products_strong` gives back to columns of r, a, b, k and log_w."""
     t = tl.arange(0, L)
-    d_r = tl.zeros([L, KP], ACC)
-    d_a = tl.zeros([L, KP], ACC)
-    d_b = tl.zeros([L, KP], ACC)
-    d_k = tl.zeros([L, KP], ACC)
-    d_w = tl.zeros([L, KP], ACC)
-    down_r = tl.zeros([L, KP], ACC)
-    down_a = tl.zeros([L, KP], ACC)
+    rs = _tokens(r, first, here, head, H, K, c0, L, CB, 0, ACC)
+    as_ = _tokens(a, first, here, head, H, K, c0, L, CB, 0, ACC)
+    d_r = tl.zeros([L, CB], ACC)
+    d_a = tl.zeros([L, CB], ACC)
+    d_b = tl.zeros([L, CB], ACC)
+    d_k = tl.zeros([L, CB], ACC)
+    d_w = tl.zeros([L, CB], ACC)
+    down_r = tl.zeros([L, CB], ACC)
+    down_a = tl.zeros([L, CB], ACC)
     for n in range(here):
         i = here - 1 - n
-        step = tl.exp(_one(log_w, first, i + 1, here, head, H, K, KP, ACC))
+        step = tl.exp(_one(log_w, first, i + 1, here, head, H, K, c0, CB, ACC))
         down_r = tl.where((t == i)[:, None], 1.0, down_r * step)
         down_a = tl.where((t == i + 1)[:, None], 1.0, down_a * step)
-        key = _one(k, first, i, here, head, H, K, KP, ACC)
-        back = _one(b, first, i, here, head, H, K, KP, ACC)
+        key = _one(k, first, i, here, head, H, K, c0, CB, ACC)
+        back = _one(b, first, i, here, head, H, K, c0, CB, ACC)
         rb = _column(d_rb, i, L)
         rk = _column(d_rk, i, L)
         ab = _column(d_ab, i, L)
@@ -304,118 +342,151 @@ def _grads_strong(
         d_r += r_here
         d_a += a_here
         row = (t == i)[:, None]
-        d_b = tl.where(row, tl.sum(rb * r * down_r + ab * a * down_a, 0)[None, :], d_b)
-        d_k = tl.where(row, tl.sum(rk * r * down_r + ak * a * down_a, 0)[None, :], d_k)
+        d_b += tl.where(row, tl.sum(rb * rs * down_r + ab * as_ * down_a, 0)[None, :], 0.0)
+        d_k += tl.where(row, tl.sum(rk * rs * down_r + ak * as_ * down_a, 0)[None, :], 0.0)
         # D(t, i) holds the steps after i through t; D(t - 1, i) those through t - 1.
-        a_here *= a
-        passed = tl.cumsum(r * r_here + a_here, 0, reverse=True) - a_here
+        a_here *= as_
+        passed = tl.cumsum(rs * r_here + a_here, 0, reverse=True) - a_here
         d_w += tl.where((t > i)[:, None], passed, 0.0)
     return d_r, d_a, d_b, d_k, d_w
 
 
 @triton.jit
+def _finish(
+    d_rs, d_as, d_bs, d_ks, d_ws, passed, passed_a, found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
+    d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, c0, L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    CB: tl.constexpr, ACC: tl.constexpr, STRONG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns of five gradients, from those through pairs of positions inside the chunk and what the chunk's ends add.
+
+    log_w of a step is in what passes over it inside the chunk, in what reaches over it from the chunk's start, in what
+    does so to its end, and in what goes from start to end.
+    """
+    upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
+    start = tl.load(_band(states, at, c0, KP, CB, VP))
+    pulled = tl.load(_band(grad_states, at, c0, KP, CB, VP))
+    reach = dot(dy, tl.trans(start), PRECISION) * tl.exp(upto)
+    passed += _tokens(r, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
+    _put(d_r, d_rs + reach, first, here, head, H, K, c0, L, CB)
+    reach = dot(e, tl.trans(start), PRECISION) * tl.exp(before)
+    passed_a += _tokens(a, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
+    _put(d_a, d_as + reach, first, here, head, H, K, c0, L, CB)
+    d_ws += tl.cumsum(passed + passed_a, 0, reverse=True) - passed_a
+    out = tl.exp(after)
+    reach = dot(found, tl.trans(pulled), PRECISION) * out
+    ahead = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
+    _put(d_b, d_bs + reach, first, here, head, H, K, c0, L, CB)
+    reach = dot(vs, tl.trans(pulled), PRECISION) * out
+    ahead += _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
+    _put(d_k, d_ks + reach, first, here, head, H, K, c0, L, CB)
+    d_ws += tl.cumsum(ahead, 0) - ahead + (tl.exp(total) * tl.sum(start.to(ACC) * pulled.to(ACC), 1))[None, :]
+    _put(d_w, d_ws, first, here, head, H, K, c0, L, CB)
+
+
+@triton.jit
 def _backward(
     r, log_w, k, v, a, b, grad_y, states, grad_states, inverse, d_r, d_w, d_k, d_v, d_a, d_b, at, first, here, head,
-    H, K, V, L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, ACC: tl.constexpr, STRONG: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H, K, V, L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr,
+    STRONG: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     MID: tl.constexpr = states.dtype.element_ty
-    upto, before, after, total = _decays(log_w, first, here, head, H, K, L, KP, ACC, STRONG)
-    middle = 0.5 * total[None, :]
-    rs = _tokens(r, first, here, head, H, K, L, KP, 0, ACC)
-    as_ = _tokens(a, first, here, head, H, K, L, KP, 0, ACC)
-    ks = _tokens(k, first, here, head, H, K, L, KP, 0, ACC)
-    bs = _tokens(b, first, here, head, H, K, L, KP, 0, ACC)
-    vs = _tokens(v, first, here, head, H, V, L, VP, 0, ACC).to(MID)
-    dy = _tokens(grad_y, first, here, head, H, V, L, VP, 0, ACC).to(MID)
-    if STRONG:
-        rb, rk, _, ak = _products_strong(rs, as_, log_w, k, b, first, here, head, H, K, L, KP, ACC)
-    else:
-        up = tl.exp(middle - upto)
-        r_mid = (rs * tl.exp(upto - middle)).to(MID)
-        a_mid = (as_ * tl.exp(before - middle)).to(MID)
-        b_mid = (bs * up).to(MID)
-        k_mid = (ks * up).to(MID)
-        rb = _causal(dot(r_mid, tl.trans(b_mid), PRECISION), L, False)
-        rk = _causal(dot(r_mid, tl.trans(k_mid), PRECISION), L, False)
-        ak = _causal(dot(a_mid, tl.trans(k_mid), PRECISION), L, True)
+    _, ak = _all_products(a, log_w, k, b, first, here, head, H, K, L, KP, CB, True, ACC, STRONG, FINE)
+    vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, ACC)
+    found = dot(ak, vs, FINE)
+    for c0 in range(0, KP, CB):
+        upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
+        a_in = _tokens(a, first, here, head, H, K, c0, L, CB, 0, ACC) * tl.exp(before)
+        found += dot(a_in.to(MID), tl.load(_band(states, at, c0, KP, CB, VP)), PRECISION)
+    found = dot(tl.load(_tile(inverse, at, L, L)).to(ACC), found, FINE).to(MID)
     ak = ak.to(MID)
-    start = tl.load(_tile(states, at, KP, VP))
-    pulled = tl.load(_tile(grad_states, at, KP, VP))
-    x = tl.load(_tile(inverse, at, L, L))
-    a_in = as_ * tl.exp(before)
-    out = tl.exp(after)
-    b_out = bs * out
-    k_out = ks * out
-    found = dot(x, (dot(a_in.to(MID), start, PRECISION) + dot(ak, vs, PRECISION)).to(MID), PRECISION).to(MID)
-    d_found = dot(tl.trans(rb.to(MID)), dy, PRECISION) + dot(b_out.to(MID), pulled, PRECISION)
-    e = dot(tl.trans(x), d_found.to(MID), PRECISION).to(MID)
-    d_vs = dot(tl.trans(rk.to(MID)), dy, PRECISION) + dot(tl.trans(ak), e, PRECISION)
-    _put(d_v, d_vs + dot(k_out.to(MID), pulled, PRECISION), first, here, head, H, V, L, VP)
+    rb, rk = _all_products(r, log_w, k, b, first, here, head, H, K, L, KP, CB, False, ACC, STRONG, FINE)
+    dy = _tokens(grad_y, first, here, head, H, V, 0, L, VP, 0, ACC)
+    d_found = dot(tl.trans(rb), dy, FINE)
+    d_vs = dot(tl.trans(rk.to(MID)), dy.to(MID), PRECISION)
+    for c0 in range(0, KP, CB):
+        upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
+        out = tl.exp(after)
+        pulled = tl.load(_band(grad_states, at, c0, KP, CB, VP))
+        b_out = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * out
+        d_found += dot(b_out.to(MID), pulled, PRECISION)
+        k_out = _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * out
+        d_vs += dot(k_out.to(MID), pulled, PRECISION)
+    x = tl.load(_tile(inverse, at, L, L)).to(ACC)
+    e = dot(tl.trans(x), d_found, FINE).to(MID)
+    _put(d_v, d_vs + dot(tl.trans(ak), e, PRECISION), first, here, head, H, V, 0, L, VP)
 
-    d_rb = _causal(dot(dy, tl.trans(found), PRECISION), L, False).to(MID)
-    d_rk = _causal(dot(dy, tl.trans(vs), PRECISION), L, False).to(MID)
-    d_ab = _causal(dot(e, tl.trans(found), PRECISION), L, True).to(MID)
-    d_ak = _causal(dot(e, tl.trans(vs), PRECISION), L, True).to(MID)
-
-    # log_w of a step is in what reaches from the start over it, in what reaches over it to the end, and in what passes
-    # over it inside the chunk. The last is a difference of sums over pairs of positions: those that do not pass over
-    # the step cancel, to the last bit, as the very products are added up on both sides.
-    to_start = tl.trans(start)
-    to_end = tl.trans(pulled)
-    d_r_in = dot(dy, to_start, PRECISION) * tl.exp(upto)
-    d_a_in = dot(e, to_start, PRECISION) * tl.exp(before)
-    d_b_out = dot(found, to_end, PRECISION) * out
-    d_k_out = dot(vs, to_end, PRECISION) * out
-    back = rs * d_r_in
-    back_a = as_ * d_a_in
-    ahead = bs * d_b_out + ks * d_k_out
-    d_log_w = (tl.exp(total) * tl.sum(start.to(ACC) * pulled.to(ACC), 1))[None, :] + tl.cumsum(ahead, 0) - ahead
+    vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, MID)
+    dy = _tokens(grad_y, first, here, head, H, V, 0, L, VP, 0, MID)
     if STRONG:
-        d_rs, d_as, d_bs, d_ks, d_ws = _grads_strong(
-            rs, as_, d_rb.to(ACC), d_rk.to(ACC), d_ab.to(ACC), d_ak.to(ACC), log_w, k, b, first, here, head, H, K,
-            L, KP, ACC,
-        )  # fmt: skip
-        d_log_w += d_ws
+        d_rb = _causal(dot(dy, tl.trans(found), PRECISION), L, False)
+        d_rk = _causal(dot(dy, tl.trans(vs), PRECISION), L, False)
+        d_ab = _causal(dot(e, tl.trans(found), PRECISION), L, True)
+        d_ak = _causal(dot(e, tl.trans(vs), PRECISION), L, True)
+        for c0 in range(0, KP, CB):
+            d_rs, d_as, d_bs, d_ks, d_ws = _grads_strong(
+                d_rb, d_rk, d_ab, d_ak, r, log_w, k, a, b, first, here, head, H, K, c0, L, CB, ACC
+            )
+            none = tl.zeros([L, CB], ACC)
+            _finish(
+                d_rs, d_as, d_bs, d_ks, d_ws, none, none, found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
+                d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, c0, L, KP, VP, CB, ACC, True, PRECISION,
+            )  # fmt: skip
     else:
-        d_rs = dot(d_rb, b_mid, PRECISION) + dot(d_rk, k_mid, PRECISION)
-        d_as = dot(d_ab, b_mid, PRECISION) + dot(d_ak, k_mid, PRECISION)
-        d_bs = dot(tl.trans(d_rb), r_mid, PRECISION) + dot(tl.trans(d_ab), a_mid, PRECISION)
-        d_ks = dot(tl.trans(d_rk), r_mid, PRECISION) + dot(tl.trans(d_ak), a_mid, PRECISION)
-        back += r_mid.to(ACC) * d_rs - b_mid.to(ACC) * d_bs - k_mid.to(ACC) * d_ks
-        back_a += a_mid.to(ACC) * d_as
-        d_rs *= tl.exp(upto - middle)
-        d_as *= tl.exp(before - middle)
-        d_bs *= up
-        d_ks *= up
-    d_log_w += tl.cumsum(back + back_a, 0, reverse=True) - back_a
-    _put(d_r, d_rs + d_r_in, first, here, head, H, K, L, KP)
-    _put(d_a, d_as + d_a_in, first, here, head, H, K, L, KP)
-    _put(d_b, d_bs + d_b_out, first, here, head, H, K, L, KP)
-    _put(d_k, d_ks + d_k_out, first, here, head, H, K, L, KP)
-    _put(d_w, d_log_w, first, here, head, H, K, L, KP)
+        # One product of positions at a time: held as operands, two copies each, four would not fit.
+        upto, before, after, total = _decays(log_w, first, here, head, H, K, 0, L, KP, ACC, False)
+        middle = 0.5 * total[None, :]
+        up = tl.exp(middle - upto)
+        down = tl.exp(upto - middle)
+        down_a = tl.exp(before - middle)
+        rs = _tokens(r, first, here, head, H, K, 0, L, KP, 0, ACC) * down
+        bs = _tokens(b, first, here, head, H, K, 0, L, KP, 0, ACC) * up
+        d = _causal(dot(dy, tl.trans(found), PRECISION), L, False)
+        d_rs = dot(d, bs, FINE)
+        d_bs = dot(tl.trans(d), rs, FINE)
+        ks = _tokens(k, first, here, head, H, K, 0, L, KP, 0, ACC) * up
+        d = _causal(dot(dy, tl.trans(vs), PRECISION), L, False)
+        d_rs += dot(d, ks, FINE)
+        d_ks = dot(tl.trans(d), rs, FINE)
+        as_ = _tokens(a, first, here, head, H, K, 0, L, KP, 0, ACC) * down_a
+        d = _causal(dot(e, tl.trans(found), PRECISION), L, True)
+        d_as = dot(d, bs, FINE)
+        d_bs += dot(tl.trans(d), as_, FINE)
+        d = _causal(dot(e, tl.trans(vs), PRECISION), L, True)
+        d_as += dot(d, ks, FINE)
+        d_ks += dot(tl.trans(d), as_, FINE)
+        # A difference of sums over pairs of positions: those that do not pass over a step cancel, as the very products
+        # are added up on both sides.
+        passed = rs * d_rs - bs * d_bs - ks * d_ks
+        _finish(
+            d_rs * down, d_as * down_a, d_bs * up, d_ks * up, tl.zeros([L, KP], ACC), passed, as_ * d_as,
+            found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
+            d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, 0, L, KP, VP, KP, ACC, False, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["time"])
 def backward(
     r, log_w, k, v, a, b, grad_y, states, grad_states, inverse, decay, d_r, d_w, d_k, d_v, d_a, d_b,
-    time, lengths, cu_seqlens, row_of, H, K, V,
-    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, CB: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """All six gradients of a chunk, from the state before it and the cotangent of the one after it."""
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     ACC: tl.constexpr = decay.dtype.element_ty
     _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
+    here = here.to(tl.int32)
     if here > 0:
         at = slot * H + head
         if _strong_decay(log_w, first, here, head, H, K, L, KP, ACC):
             _backward(
                 r, log_w, k, v, a, b, grad_y, states, grad_states, inverse, d_r, d_w, d_k, d_v, d_a, d_b, at, first,
-                here, head, H, K, V, L, KP, VP, ACC, True, PRECISION,
+                here, head, H, K, V, L, KP, VP, CB, ACC, True, PRECISION, FINE,
             )  # fmt: skip
         else:
             _backward(
                 r, log_w, k, v, a, b, grad_y, states, grad_states, inverse, d_r, d_w, d_k, d_v, d_a, d_b, at, first,
-                here, head, H, K, V, L, KP, VP, ACC, False, PRECISION,
+                here, head, H, K, V, L, KP, VP, CB, ACC, False, PRECISION, FINE,
             )  # fmt: skip
