@@ -364,7 +364,6 @@ def _finish(
     """
     upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
     start = tl.load(_band(states, at, c0, KP, CB, VP))
-    pulled = tl.load(_band(grad_states, at, c0, KP, CB, VP))
     reach = dot(dy, tl.trans(start), PRECISION) * tl.exp(upto)
     passed += _tokens(r, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_r, d_rs + reach, first, here, head, H, K, c0, L, CB)
@@ -373,12 +372,14 @@ def _finish(
     _put(d_a, d_as + reach, first, here, head, H, K, c0, L, CB)
     d_ws += tl.cumsum(passed + passed_a, 0, reverse=True) - passed_a
     out = tl.exp(after)
+    pulled = tl.load(_band(grad_states, at, c0, KP, CB, VP))
     reach = dot(found, tl.trans(pulled), PRECISION) * out
     ahead = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_b, d_bs + reach, first, here, head, H, K, c0, L, CB)
     reach = dot(vs, tl.trans(pulled), PRECISION) * out
     ahead += _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_k, d_ks + reach, first, here, head, H, K, c0, L, CB)
+    start = tl.load(_band(states, at, c0, KP, CB, VP))
     d_ws += tl.cumsum(ahead, 0) - ahead + (tl.exp(total) * tl.sum(start.to(ACC) * pulled.to(ACC), 1))[None, :]
     _put(d_w, d_ws, first, here, head, H, K, c0, L, CB)
 
