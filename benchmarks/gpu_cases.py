@@ -159,4 +159,12 @@ CASES: tuple[GpuCase, ...] = (
         wide=("log_w", "u"),
         floor=(3, 8),
     ),
+    GpuCase(
+        "wkv7",
+        8,
+        4096,
+        {"H": 32, "K": 64, "V": 64},
+        {**{name: "B T H K" for name in ("r", "log_w", "k", "a", "b")}, "v": "B T H V"},
+        floor=(7, 22),
+    ),
 )

@@ -48,18 +48,18 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.causal_conv1d import _check as check_convolution
+from statewise.ops.causal_conv1d import check_arguments as check_convolution
 from statewise.ops.causal_conv1d import causal_conv1d_step
 from statewise.ops.checks import check_shapes, check_state, values_are_read
-from statewise.ops.selective_scan import _check as check_scan
+from statewise.ops.selective_scan import check_arguments as check_scan
 from statewise.ops.selective_scan import selective_scan_step
-from statewise.ops.ssd import _check as check_ssd
+from statewise.ops.ssd import check_arguments as check_ssd
 from statewise.ops.ssd import ssd_step
 from statewise.ops.steps import STEPS, asks_gradient, contiguous_rows
 from statewise.ops.token_mix import token_mix_step
 from statewise.ops.token_shift import token_shift_step
 from statewise.ops.wkv4 import wkv4_step
-from statewise.ops.wkv6 import _letters, wkv6_step
+from statewise.ops.wkv6 import letters, wkv6_step
 from statewise.ops.wkv7 import wkv7_step
 from statewise.state import WKV4State
 
@@ -180,7 +180,7 @@ def wkv6_step_(
     """:func:`~statewise.ops.wkv6_step` on rows of a pool ``(slots, H, K, V)``. r, k ``(B, H, K)``, v, y ``(B, H, V)``,
     log_w ``(B, H, K)`` or constant; otherwise as there, and as :func:`token_shift_step_`."""
     op = "wkv6_step_"
-    decay, bonus = (log_w, _letters(log_w, "B H K")), (u, _letters(u, "H K"))
+    decay, bonus = (log_w, letters(log_w, "B H K")), (u, letters(u, "H K"))
     sizes = check_shapes(op, r=(r, "B H K"), k=(k, "B H K"), v=(v, "B H V"), log_w=decay, u=bonus)
     _check_pool(op, {"state": (state, (sizes["H"], sizes["K"], sizes["V"]))}, index, [r, log_w, k, v, u])
     if _form(op, backend, r) == "triton":

@@ -55,7 +55,7 @@ def causal_conv1d(
         ValueError: an argument of the wrong shape, dtype, device or value, or a backend that cannot serve.
     """
     op = "causal_conv1d"
-    batch, time, width = _check(op, x, "B T C", weight, bias, activation)
+    batch, time, width = check_arguments(op, x, "B T C", weight, bias, activation)
     rows = check_ragged(op, lengths, cu_seqlens, batch, time, x.device)
     form = choose(op, backend, x.device)
     if form == "native" and width > native.MOST_TAPS:
@@ -105,7 +105,7 @@ def causal_conv1d_step(
 
     As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
     op = "causal_conv1d_step"
-    batch, _, width = _check(op, x, "B C", weight, bias, activation)
+    batch, _, width = check_arguments(op, x, "B C", weight, bias, activation)
     form = choose("causal_conv1d", backend, x.device)
     dtype = accumulation_dtype(x, weight, bias)
     window = start_state(op, state, (batch, width - 1, x.shape[-1]), x, dtype)
@@ -118,7 +118,7 @@ def causal_conv1d_step(
     return y.to(x.dtype), window
 
 
-def _check(
+def check_arguments(
     op: str, x: Tensor, letters: str, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[int, int, int]:
     """Batch, time (1 without a time axis) and width."""

@@ -65,7 +65,7 @@ def selective_scan(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a backend that cannot serve.
     """
-    batch, time, channels, N = _check("selective_scan", "batch T", x, dt, A, B, C, D, z, dt_bias)
+    batch, time, channels, N = check_arguments("selective_scan", "batch T", x, dt, A, B, C, D, z, dt_bias)
     rows = check_ragged("selective_scan", lengths, cu_seqlens, batch, time, x.device)
     chosen = choose("selective_scan", backend, x.device)
     if chosen == "triton" and not 1 <= N <= (most := triton.MOST_NUMBERS):
@@ -132,7 +132,7 @@ def selective_scan_step(
     """One token: no T axis anywhere, y ``(batch, channels)``. Otherwise as :func:`selective_scan`.
 
     As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
-    batch, _, channels, N = _check("selective_scan_step", "batch", x, dt, A, B, C, D, z, dt_bias)
+    batch, _, channels, N = check_arguments("selective_scan_step", "batch", x, dt, A, B, C, D, z, dt_bias)
     form = choose("selective_scan", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = start_state("selective_scan_step", state, (batch, channels, N), x, dtype)
@@ -159,7 +159,7 @@ def _finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     return y if z is None else y * F.silu(z)
 
 
-def _check(
+def check_arguments(
     op: str,
     lead: str,
     x: Tensor,

@@ -68,7 +68,7 @@ def ssd(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a backend that cannot serve.
     """
-    sizes = _check("ssd", "batch T", x, dt, A, B, C, D, z, dt_bias, dt_limit)
+    sizes = check_arguments("ssd", "batch T", x, dt, A, B, C, D, z, dt_bias, dt_limit)
     batch, time = sizes["batch"], sizes["T"]
     rows = check_ragged("ssd", lengths, cu_seqlens, batch, time, x.device)
     chosen = choose("ssd", backend, x.device)
@@ -138,7 +138,7 @@ def ssd_step(
     """One token: no T axis anywhere, y ``(batch, H, P)``. Otherwise as :func:`ssd`.
 
     As ``"triton"`` it is one kernel; what it is asked to differentiate is differentiated in plain torch."""
-    sizes = _check("ssd_step", "batch", x, dt, A, B, C, D, z, dt_bias, dt_limit)
+    sizes = check_arguments("ssd_step", "batch", x, dt, A, B, C, D, z, dt_bias, dt_limit)
     form = choose("ssd", backend, x.device)
     dtype = accumulation_dtype(x, dt, A, B, C, D, z, dt_bias)
     begin = start_state("ssd_step", state, (sizes["batch"], sizes["H"], sizes["P"], sizes["N"]), x, dtype)
@@ -162,7 +162,7 @@ def _finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     return y if z is None else y * F.silu(z)
 
 
-def _check(
+def check_arguments(
     op: str,
     lead: str,
     x: Tensor,

@@ -66,8 +66,8 @@ def wkv6(
         r=(r, "B T H K"),
         k=(k, "B T H K"),
         v=(v, "B T H V"),
-        log_w=(log_w, _letters(log_w, "B T H K")),
-        u=(u, _letters(u, "H K")),
+        log_w=(log_w, letters(log_w, "B T H K")),
+        u=(u, letters(u, "H K")),
     )
     rows = check_ragged("wkv6", lengths, cu_seqlens, sizes["B"], sizes["T"], r.device)
     form = choose("wkv6", backend, r.device)
@@ -128,8 +128,8 @@ def wkv6_step(
         r=(r, "B H K"),
         k=(k, "B H K"),
         v=(v, "B H V"),
-        log_w=(log_w, _letters(log_w, "B H K")),
-        u=(u, _letters(u, "H K")),
+        log_w=(log_w, letters(log_w, "B H K")),
+        u=(u, letters(u, "H K")),
     )
     form = choose("wkv6", backend, r.device)
     dtype = accumulation_dtype(r, log_w, k, v, u)
@@ -142,7 +142,7 @@ def wkv6_step(
     return y.to(v.dtype), end
 
 
-def _letters(x: Tensor, most: str) -> str:
+def letters(x: Tensor, most: str) -> str:
     """Shape of log_w or u: ``most``, or what is constant over tokens ``H K``, or over key rows too ``H``."""
     dims = x.dim() if isinstance(x, Tensor) else -1
     return {1: "H", 2: "H K"}.get(dims, most)
