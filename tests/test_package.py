@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import statewise
 
@@ -61,8 +62,11 @@ def test_the_contracts_names() -> None:
         statewise.create("vrwkv")
 
 
-def test_backends_say_what_serves_and_why_not() -> None:
+def test_backends_say_what_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     table = statewise.backends()
     assert table["wkv7"]["torch"].serves
-    assert not table["wkv7"]["triton"].serves
-    assert table["wkv7"]["triton"].reason
+    assert table["wkv7"]["triton"].serves == torch.cuda.is_available()
+    assert table["wkv7"]["triton"].serves != bool(table["wkv7"]["triton"].reason)
+    assert not table["mamba3"]["triton"].serves
+    assert table["mamba3"]["triton"].reason
