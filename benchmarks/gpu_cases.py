@@ -76,23 +76,23 @@ CASES: tuple[GpuCase, ...] = (
         floor=(2, 5),
     ),
     GpuCase("token_mix", 8, 4096, {"C": 2048, "M": 6}, {"x": "B T C", "mix": "M C"}, wide=("mix",), floor=(7, 15)),
-    GpuCase(
+    GpuCase(  # floor: x, z, y; then x, z, dy, dx, dz
         "ssd",
         8,
         4096,
         {"H": 64, "P": 64, "G": 1, "N": 128},
-        {"x": "B T H P", "dt": "B T H", "A": "H", "B": "B T G N", "C": "B T G N", "D": "H"},
+        {"x": "B T H P", "dt": "B T H", "A": "H", "B": "B T G N", "C": "B T G N", "D": "H", "z": "B T H P"},
         wide=("dt", "A", "D"),
-        floor=(2, 5),
+        floor=(3, 8),
     ),
-    GpuCase(
+    GpuCase(  # few heads: in segments
         "ssd",
         1,
         4096,
         {"H": 24, "P": 64, "G": 1, "N": 128},
-        {"x": "B T H P", "dt": "B T H", "A": "H", "B": "B T G N", "C": "B T G N", "D": "H"},
+        {"x": "B T H P", "dt": "B T H", "A": "H", "B": "B T G N", "C": "B T G N", "D": "H", "z": "B T H P"},
         wide=("dt", "A", "D"),
-        floor=(2, 5),
+        floor=(3, 8),
     ),
     GpuCase(
         "wkv6",

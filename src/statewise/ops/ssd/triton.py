@@ -22,7 +22,7 @@ _PROGRAMS = 256
 _WHOLE = 1 << 20
 # Of warps and stages; neither changes a sum.
 _CHOICES = ((8, 2), (8, 1), (4, 2), (4, 1))
-_EMIT_CHOICES = ((8, 1), (8, 2), (4, 2), (4, 1))
+_FEW = ((4, 2), (8, 2), (4, 1))  # for `weigh`, which holds no state
 
 
 def _tile(size: int) -> int:
@@ -56,9 +56,15 @@ class _Call:
         # Of what is only ever multiplied.
         self.factor = torch.bfloat16 if half else state.dtype
         self.chunk = 64 if half else 32
-        self.tiles = {"PB": min(_tile(self.P), 64 if half else 32), "NB": _tile(self.N), "PRECISION": precision}
-        self.blocks = -(-self.P // self.tiles["PB"])
-        self.sizes = {"H": self.H, "E": self.H // self.groups, "P": self.P, "N": self.N, "L": self.chunk}
+        # What lets every program have all of its numbers in registers, on all GPUs.
+        width, wide = min(_tile(self.P), 64 if half else 16), _tile(self.N)
+        self.blocks = -(-self.P // width)
+        walked, gathered = min(wide, 32), min(wide, 64 if half else 32)
+        self.slices, self.tiles = wide // walked, wide // gathered
+        self.walking = {"NB": walked, "SLICES": self.slices}
+        self.gathering = {"NB": gathered, "SLICES": self.tiles}
+        self.sizes = {"H": self.H, "E": self.H // self.groups, "P": self.P, "N": self.N, "L": self.chunk, "PB": width}
+        self.sizes["PRECISION"] = precision
         self.key = f"ssd {precision} H{self.H} P{self.P} N{self.N} G{self.groups} z{z is not None}"
         self.chunks = gpu.place(x, where, self.chunk)
         self.segment = self._segment(x.shape[1])
@@ -81,15 +87,15 @@ class _Call:
     def launch(self, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         def run(choice: tuple[int, int]) -> None:
             warps, stages = choice
-            gpu.launch(kernel, grid, *arguments, warps=warps, stages=stages, **self.sizes, **self.tiles, **constants)
+            gpu.launch(kernel, grid, *arguments, warps=warps, stages=stages, **self.sizes, **constants)
 
-        choices = _EMIT_CHOICES if name == "emit" else _CHOICES
-        run(gpu.tune(f"{self.key} {name}", self.begin.device, choices, run))
+        run(gpu.tune(f"{self.key} {name}", self.begin.device, _FEW if name == "weigh" else _CHOICES, run))
 
     def walk(self, kernel: Any, name: str, *arguments: Any, **constants: Any) -> None:
-        """One program a segment, head and tile of P."""
+        """One program a segment, head and tile of P; of N, too, in `carry`."""
         at = self.segments
-        grid = (at.slots, self.H, self.blocks)
+        grid = (at.slots, self.H, self.blocks * (self.slices if kernel is self.kernels.carry else 1))
+        constants = constants | self.walking
         self.launch(kernel, name, grid, *arguments, self.segment, *at.arguments, RAGGED=at.ragged, **constants)
 
     def starts(self, begin: Tensor, rows: Tensor, z: Tensor | None, columns: Tensor, *, reverse: bool) -> Tensor:
@@ -152,16 +158,20 @@ class _Kernels:
         one.walk(one.kernels.mirror, "mirror", *back)
 
         each = one.H // one.groups
-        blocks = min(each, -(-4 * _PROGRAMS // max(1, slots * one.groups)))
+        blocks = min(each, -(-4 * _PROGRAMS // max(1, slots * one.groups * one.tiles)))
         heads = -(-each // blocks)
         blocks = -(-each // heads)
-        d_dt, d_A = gpu.new(one.dt, where), begin.new_zeros(slots, one.H)
         # Summed in the dtype of sums; of one block there is nothing to sum.
         d_B, d_C = (gpu.new(begin if blocks > 1 else value, where, (blocks, *B.shape)) for value in (B, C))
-        shared = (x, g, one.A, B, C, one.sums, states, cotangents, parts, d_dt, d_A, d_B, d_C)
+        through = begin.new_empty(one.tiles, slots, one.H)
+        shared = (x, g, B, C, one.sums, states, cotangents, through, d_B, d_C)
         numbers = (slots, one.tokens, heads, blocks)
-        grid, at = (slots, one.groups * blocks), one.chunks
-        one.launch(one.kernels.gather, "gather", grid, *shared, *numbers, *at.arguments, RAGGED=at.ragged)
+        grid, at = (slots, one.groups * blocks * one.tiles), one.chunks
+        constants = {"RAGGED": at.ragged, **one.gathering}
+        one.launch(one.kernels.gather, "gather", grid, *shared, *numbers, *at.arguments, **constants)
+        d_dt, d_A = gpu.new(one.dt, where), begin.new_zeros(slots, one.H)
+        of_dt = (x, g, one.A, B, C, one.sums, through, parts, d_dt, d_A, slots)
+        one.launch(one.kernels.weigh, "weigh", (slots, one.H), *of_dt, *at.arguments, **constants)
         d_B, d_C = ((d[0] if blocks == 1 else d.sum(0)).to(value.dtype) for d, value in ((d_B, B), (d_C, C)))
         return [d_x, d_dt, d_B, d_C, d_z], [d_A.sum(0), None if d_D is None else d_D.sum(0)], [d_begin]
 

@@ -10,12 +10,15 @@ chunk, p and n columns. h: the state before a chunk; d: the cotangent of the sta
     dB_j = Σ_heads dt_j (M_Lj dᵀ x_j + Σ_{i≥j} M_ij Z_ij C_i)
     dC_i = Σ_heads (M_i0 hᵀ G_i + Σ_{j≤i} M_ij Z_ij dt_j B_j)
 
-The logarithm of a token's decay gets all products whose path crosses it; see `gather`.
+The logarithm of a token's decay gets all products whose path crosses it; see `weigh`.
 
 Segments are walked by independent programs: `carry` finds what each adds to the state, `pass_on` the state before each,
 `emit` the outputs. Where there is one segment a sequence, only `emit` runs. Backward walks them in both directions and
 stores the states before all chunks (`emit`) and the cotangents after them (`mirror`); what heads share comes from all
-chunks at once (`gather`).
+chunks at once (`gather`), as do the step sizes' gradients (`weigh`).
+
+A state is held as slices of NB columns of N, and products over N are sums over slices: what a product reads has to be
+in registers beside the state, and all of its columns do not fit. What is used twice is loaded twice for that, too.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import triton.language as tl
 
 from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, sigmoid
 
-__all__ = ["add_up", "carry", "emit", "gather", "mirror", "pass_on"]
+__all__ = ["add_up", "carry", "emit", "gather", "mirror", "pass_on", "weigh"]
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -112,14 +115,15 @@ def _store_state(base, index, P: tl.constexpr, N: tl.constexpr, p, n, value):
 def carry(
     rows, z, columns, sums, added, decay, S, time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state, of x and B, or to the cotangent, of dy and C (REVERSE), and its decay."""
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, segment, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
-    p, n = tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
+    p = tl.program_id(2) // SLICES * PB + tl.arange(0, PB)
+    n = tl.program_id(2) % SLICES * NB + tl.arange(0, NB)
     if (here > 0) | (segment == 0):
         state, passed = tl.zeros([PB, NB], ACC), tl.full([1], 1.0, ACC)
         chunk = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
@@ -166,7 +170,7 @@ def emit(
     x, B, C, D, z, sums, start, y, end, grad_y, gated, d_z, d_D, each, parts,
     slots, S, time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a segment from the state before it; the sequence's last segment has its last state.
 
@@ -181,54 +185,73 @@ def emit(
     i, p, n = tl.arange(0, L), tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
     if (here > 0) | (segment == 0):
         final = tokens <= (segment + 1) * S
-        h = _load_state(start, slot * H + head, P, N, p, n, ACC)
+        h = ()
+        for s in tl.static_range(SLICES):
+            h += (_load_state(start, slot * H + head, P, N, p, s * NB + n, ACC),)
         chunk = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
         for c in range(tl.cdiv(here.to(tl.int32), L)):
             token, count = first + c * L, here.to(tl.int32) - c * L
             index = (chunk + c) * H + head
             size, upto, rest, whole = _decays(sums, index, L)
-            B_ = _load(B, token, count, H // E * N, head // E * N, N, n, L, MUL)
-            C_ = _load(C, token, count, H // E * N, head // E * N, N, n, L, MUL)
-            if (y is not None) or (z is not None):
-                weights = dot(C_, tl.trans(B_), PRECISION) * _between(sums, index, L, False)
-                weights = (weights * size[None, :]).to(MUL)
-            out = dot(C_, tl.trans(h.to(MUL)), PRECISION) * upto[:, None]
-            if z is not None:
-                gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
-                gate_open = sigmoid(gate)
+            out = tl.zeros([L, PB], ACC)
+            for s in tl.static_range(SLICES):
+                C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                out += dot(C_, tl.trans(h[s].to(MUL)), PRECISION)
+                if grad_y is not None:
+                    _store_state(each, index, P, N, p, s * NB + n, h[s])
+            out *= upto[:, None]
             if grad_y is not None:
-                _store_state(each, index, P, N, p, n, h)
                 g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
                 if z is not None:
-                    slope = g * (gate_open * (1.0 + gate * (1.0 - gate_open)))
-                    g = g * (gate * gate_open)
+                    gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
+                    g = g * (gate * sigmoid(gate))
                     _store(gated, token, count, H * P, head * P, P, p, L, g)
                 tl.store(parts + (tl.program_id(2) * 2 * slots * H + index) * L + i, tl.sum(out * g, 1))
-            x_ = _load(x, token, count, H * P, head * P, P, p, L, MUL)
-            if d_D is not None:
-                tl.store(d_D + index * P + p, tl.sum(g * x_.to(ACC), 0), mask=p < P)
+                if d_D is not None:
+                    x_ = _load(x, token, count, H * P, head * P, P, p, L, ACC)
+                    tl.store(d_D + index * P + p, tl.sum(g * x_, 0), mask=p < P)
             if (y is not None) or (z is not None):
+                weights = tl.zeros([L, L], ACC)
+                for s in range(SLICES):
+                    B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                    C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                    weights += dot(C_, tl.trans(B_), PRECISION)
+                size, upto, rest, whole = _decays(sums, index, L)
+                weights = (weights * _between(sums, index, L, False) * size[None, :]).to(MUL)
+                x_ = _load(x, token, count, H * P, head * P, P, p, L, MUL)
                 out += dot(weights, x_, PRECISION)
                 if D is not None:
                     out += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * x_.to(ACC)
+                if z is not None:
+                    gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
+                    gate_open = sigmoid(gate)
                 if grad_y is not None:
-                    _store(d_z, token, count, H * P, head * P, P, p, L, out * slope)
+                    slope = gate_open * (1.0 + gate * (1.0 - gate_open))
+                    g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
+                    _store(d_z, token, count, H * P, head * P, P, p, L, out * (slope * g))
                 elif z is not None:
                     _store(y, token, count, H * P, head * P, P, p, L, out * (gate * gate_open))
                 else:
                     _store(y, token, count, H * P, head * P, P, p, L, out)
-            late = (x_.to(ACC) * (rest * size)[:, None]).to(MUL)
-            h = whole * h + dot(tl.trans(late), B_, PRECISION)
+            size, upto, rest, whole = _decays(sums, index, L)
+            late = _load(x, token, count, H * P, head * P, P, p, L, MUL).to(ACC)
+            late = tl.trans((late * (rest * size)[:, None]).to(MUL))
+            following = ()
+            for s in tl.static_range(SLICES):
+                B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                following += (whole * h[s] + dot(late, B_, PRECISION),)
+            h = following
         if end is not None:  # noqa: SIM102 - known when compiling, the other is not
             if final:
-                _store_state(end, row * H + head, P, N, p, n, h)
+                for s in tl.static_range(SLICES):
+                    _store_state(end, row * H + head, P, N, p, s * NB + n, h[s])
 
 
 @triton.jit(do_not_specialize=["time", "slots", "S"])
 def mirror(
     x, g, B, C, D, sums, start, each, last, d_x, parts, slots, S, time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Backward through `emit`: dx of a segment from the cotangent after it; the sequence's first segment has that of
     its first state. The cotangents of the states after all chunks go into `each`, and of `parts` the second:
@@ -239,7 +262,9 @@ def mirror(
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
     i, p, n = tl.arange(0, L), tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
     if (here > 0) | (segment == 0):
-        d = _load_state(start, slot * H + head, P, N, p, n, ACC)
+        d = ()
+        for s in tl.static_range(SLICES):
+            d += (_load_state(start, slot * H + head, P, N, p, s * NB + n, ACC),)
         chunk = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
         chunks = tl.cdiv(here.to(tl.int32), L)
         for step in range(chunks):
@@ -247,86 +272,127 @@ def mirror(
             token, count = first + c * L, here.to(tl.int32) - c * L
             index = (chunk + c) * H + head
             size, upto, rest, whole = _decays(sums, index, L)
-            B_ = _load(B, token, count, H // E * N, head // E * N, N, n, L, MUL)
-            C_ = _load(C, token, count, H // E * N, head // E * N, N, n, L, MUL)
-            _store_state(each, index, P, N, p, n, d)
-            weights = (dot(B_, tl.trans(C_), PRECISION) * _between(sums, index, L, True)).to(MUL)
-            to_u = dot(B_, tl.trans(d.to(MUL)), PRECISION) * rest[:, None]
+            to_u = tl.zeros([L, PB], ACC)
+            for s in tl.static_range(SLICES):
+                B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                to_u += dot(B_, tl.trans(d[s].to(MUL)), PRECISION)
+                _store_state(each, index, P, N, p, s * NB + n, d[s])
+            to_u *= rest[:, None]
             x_ = _load(x, token, count, H * P, head * P, P, p, L, ACC)
             at = parts + ((tl.program_id(2) * 2 + 1) * slots * H + index) * L + i
             tl.store(at, tl.sum(to_u * x_, 1))
+            weights = tl.zeros([L, L], ACC)
+            for s in range(SLICES):
+                B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                weights += dot(B_, tl.trans(C_), PRECISION)
+            weights = (weights * _between(sums, index, L, True)).to(MUL)
             g_ = _load(g, token, count, H * P, head * P, P, p, L, MUL)
             to_u += dot(weights, g_, PRECISION)
+            size, upto, rest, whole = _decays(sums, index, L)
             to_x = to_u * size[:, None]
             if D is not None:
                 to_x += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * g_.to(ACC)
             _store(d_x, token, count, H * P, head * P, P, p, L, to_x)
-            early = (g_.to(ACC) * upto[:, None]).to(MUL)
-            d = whole * d + dot(tl.trans(early), C_, PRECISION)
+            size, upto, rest, whole = _decays(sums, index, L)
+            early = _load(g, token, count, H * P, head * P, P, p, L, MUL).to(ACC)
+            early = tl.trans((early * upto[:, None]).to(MUL))
+            following = ()
+            for s in tl.static_range(SLICES):
+                C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                following += (whole * d[s] + dot(early, C_, PRECISION),)
+            d = following
         if segment == 0:
-            _store_state(last, row * H + head, P, N, p, n, d)
+            for s in tl.static_range(SLICES):
+                _store_state(last, row * H + head, P, N, p, s * NB + n, d[s])
 
 
 @triton.jit(do_not_specialize=["time", "slots", "total", "EB", "blocks"])
 def gather(
-    x, g, A, B, C, sums, states, cotangents, parts, d_dt, d_A, d_B, d_C, slots, total, EB, blocks,
+    x, g, B, C, sums, states, cotangents, through, d_B, d_C, slots, total, EB, blocks,
     time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, RAGGED: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that heads share, and those of decays: a chunk and up to EB heads of a group, one after another.
+    """Gradients that heads share: a chunk, a tile of N and up to EB heads of a group, one after another.
 
     What heads add to the gradients of B and C is summed before it is multiplied. Rows of a program's own in `d_B` and
-    `d_C` (blocks of heads, all `total` tokens, G, N) are summed by torch, as are those of `d_A`, one a chunk.
+    `d_C` (blocks of heads, all `total` tokens, G, N) are summed by torch. `through` (tiles of N, slots, H) is h·d.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    tile, block = tl.program_id(1) % SLICES, tl.program_id(1) // SLICES
+    group, block = block // blocks, block % blocks
+    _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
+    ACC: tl.constexpr = sums.dtype.element_ty
+    MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    G: tl.constexpr = H // E
+    n = tile * NB + tl.arange(0, NB)
+    if here > 0:
+        to_B, to_C, pairs = tl.zeros([L, NB], ACC), tl.zeros([L, NB], ACC), tl.zeros([L, L], ACC)
+        for e in range(tl.minimum(E - block * EB, EB)):
+            head = group * E + block * EB + e
+            index = slot * H + head
+            size, upto, rest, _whole = _decays(sums, index, L)
+            products, passed = tl.zeros([L, L], ACC), tl.zeros([NB], ACC)
+            for k in range((P + PB - 1) // PB):
+                p = k * PB + tl.arange(0, PB)
+                x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
+                g_ = _load(g, first, here, H * P, head * P, P, p, L, MUL)
+                products += dot(x_, tl.trans(g_), PRECISION)
+                h = _load_state(states, index, P, N, p, n, MUL)
+                to_C += dot((g_.to(ACC) * upto[:, None]).to(MUL), h, PRECISION)
+                d = _load_state(cotangents, index, P, N, p, n, MUL)
+                to_B += dot((x_.to(ACC) * (rest * size)[:, None]).to(MUL), d, PRECISION)
+                passed += tl.sum(h.to(ACC) * d.to(ACC), 0)
+            tl.store(through + tile * slots * H + index, tl.sum(passed, 0))
+            pairs += products * _between(sums, index, L, True) * size[:, None]
+        pairs = pairs.to(MUL)
+        to_B += dot(pairs, _load(C, first, here, G * N, group * N, N, n, L, MUL), PRECISION)
+        to_C += dot(tl.trans(pairs), _load(B, first, here, G * N, group * N, N, n, L, MUL), PRECISION)
+        token = block.to(tl.int64) * total + first
+        _store(d_B, token, here, G * N, group * N, N, n, L, to_B)
+        _store(d_C, token, here, G * N, group * N, N, n, L, to_C)
+
+
+@triton.jit(do_not_specialize=["time", "slots"])
+def weigh(
+    x, g, A, B, C, sums, through, parts, d_dt, d_A, slots, time, lengths, cu_seqlens, row_of,
+    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's step sizes, and its row of those of A, for a head.
 
     The logarithm of token l's decay gets
         Σ_{j<l≤i} Z_ij W_ij dt_j + Σ_{i≥l} M_i0 G_i·(h C_i) + Σ_{j<l} M_Lj u_j·(d B_j) + M_L0 h·d,
     the products from token to token, from the state before the chunk, to the state after it, and from one to the other.
     """
-    slot = tl.program_id(0).to(tl.int64)
-    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
-    G: tl.constexpr = H // E
-    i, n = tl.arange(0, L), tl.arange(0, NB)
+    i, index = tl.arange(0, L), slot * H + head
     if here > 0:
-        B_ = _load(B, first, here, G * N, group * N, N, n, L, MUL)
-        C_ = _load(C, first, here, G * N, group * N, N, n, L, MUL)
-        scores = dot(B_, tl.trans(C_), PRECISION)
-        to_B, to_C = tl.zeros([L, NB], ACC), tl.zeros([L, NB], ACC)
-        pairs = tl.zeros([L, L], ACC)
-        for e in range(tl.minimum(E - block * EB, EB)):
-            head = group * E + block * EB + e
-            index = slot * H + head
-            size, upto, rest, whole = _decays(sums, index, L)
-            products = tl.zeros([L, L], ACC)
-            from_begin, to_dt = tl.zeros([L], ACC), tl.zeros([L], ACC)
-            through = tl.zeros([NB], ACC)
-            for k in range((P + PB - 1) // PB):
-                p = k * PB + tl.arange(0, PB)
-                h = _load_state(states, index, P, N, p, n, MUL)
-                d = _load_state(cotangents, index, P, N, p, n, MUL)
-                through += tl.sum(h.to(ACC) * d.to(ACC), 0)
-                x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
-                g_ = _load(g, first, here, H * P, head * P, P, p, L, MUL)
-                products += dot(x_, tl.trans(g_), PRECISION)
-                to_C += dot((g_.to(ACC) * upto[:, None]).to(MUL), h, PRECISION)
-                to_B += dot((x_.to(ACC) * (rest * size)[:, None]).to(MUL), d, PRECISION)
-                from_begin += tl.load(parts + (k * 2 * slots * H + index) * L + i)
-                to_dt += tl.load(parts + ((k * 2 + 1) * slots * H + index) * L + i)
-            products *= _between(sums, index, L, True)
-            pairs += products * size[:, None]
-            products *= scores
-            across = tl.cumsum(products * size[:, None], 1, reverse=True) + (size * to_dt)[:, None]
-            across = tl.where(i[:, None] < i[None, :], across, from_begin[:, None])
-            to_dt += tl.sum(products, 1)
-            log = tl.sum(across, 0) + whole * tl.sum(through, 0)
-            tl.store(d_dt + first * H + head + i * H, to_dt + tl.load(A + head) * log, mask=i < here)
-            tl.store(d_A + index, tl.sum(size * log, 0))
-        pairs = pairs.to(MUL)
-        to_B += dot(pairs, C_, PRECISION)
-        to_C += dot(tl.trans(pairs), B_, PRECISION)
-        token = block.to(tl.int64) * total + first
-        _store(d_B, token, here, G * N, group * N, N, n, L, to_B)
-        _store(d_C, token, here, G * N, group * N, N, n, L, to_C)
+        scores, products = tl.zeros([L, L], ACC), tl.zeros([L, L], ACC)
+        passed = tl.zeros([1], ACC)
+        for s in range(SLICES):
+            n = s * NB + tl.arange(0, NB)
+            B_ = _load(B, first, here, H // E * N, head // E * N, N, n, L, MUL)
+            C_ = _load(C, first, here, H // E * N, head // E * N, N, n, L, MUL)
+            scores += dot(B_, tl.trans(C_), PRECISION)
+            passed += tl.load(through + s * slots * H + index)
+        from_begin, to_dt = tl.zeros([L], ACC), tl.zeros([L], ACC)
+        for k in range((P + PB - 1) // PB):
+            p = k * PB + tl.arange(0, PB)
+            x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
+            g_ = _load(g, first, here, H * P, head * P, P, p, L, MUL)
+            products += dot(x_, tl.trans(g_), PRECISION)
+            from_begin += tl.load(parts + (k * 2 * slots * H + index) * L + i)
+            to_dt += tl.load(parts + ((k * 2 + 1) * slots * H + index) * L + i)
+        products *= scores * _between(sums, index, L, True)
+        size, _upto, _rest, whole = _decays(sums, index, L)
+        across = tl.cumsum(products * size[:, None], 1, reverse=True) + (size * to_dt)[:, None]
+        across = tl.where(i[:, None] < i[None, :], across, from_begin[:, None])
+        to_dt += tl.sum(products, 1)
+        log = tl.sum(across, 0) + whole * passed
+        tl.store(d_dt + first * H + head + i * H, to_dt + tl.load(A + head) * log, mask=i < here)
+        tl.store(d_A + index, tl.sum(size * log, 0))
