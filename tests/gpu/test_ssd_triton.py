@@ -92,8 +92,9 @@ def tokens_of_A(inputs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("sizes", SHAPES[:5], ids=str)
 @pytest.mark.parametrize("kind", ["random", "correlated", "repeated"])
 def test_bfloat16_is_near_the_truth(sizes: Sizes, kind: str) -> None:
-    """Gradients of A and dt_bias, one number a head, are sums over all tokens in which most of what is summed may
-    cancel, its rounding errors not: they are measured against the root of the sum of the squares of the tokens'."""
+    """Gradients of A and dt_bias, one number a head, are sums over all tokens that may cancel while rounding errors do
+    not: they are measured against the root of the sum of the squares of the tokens'. With other seeds A's was 0.0064
+    at worst; whether neighbouring tokens' errors, which share a state, add up or ours can be made smaller is open."""
     inputs = draw(sizes, torch.bfloat16, kind)
     got, truth = run(inputs, "triton"), run({name: value.double() for name, value in inputs.items()}, "reference")
     size = {name: float(want.norm()) for name, want in truth.items()}

@@ -48,8 +48,8 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.causal_conv1d import check_arguments as check_convolution
 from statewise.ops.causal_conv1d import causal_conv1d_step
+from statewise.ops.causal_conv1d import check_arguments as check_convolution
 from statewise.ops.checks import check_shapes, check_state, values_are_read
 from statewise.ops.selective_scan import check_arguments as check_scan
 from statewise.ops.selective_scan import selective_scan_step
