@@ -39,6 +39,17 @@ every_fast_form = forms(without=("reference",))
 every_quick_form = forms(without=("reference", *INTERPRETED))
 
 
+def forms_by(names: str, values: list[Any], few: list[Any], *, without: tuple[str, ...] = ()) -> Any:
+    """:func:`forms` with each of ``values`` for ``names``; with a ``few`` of them where kernels are interpreted."""
+    parameters = [
+        pytest.param(case, name, *(value if "," in names else (value,)), id=f"{value}-{case.id}-{name}")
+        for case, name in forms(without=without).args[1]
+        for value in (few if name in INTERPRETED else values)
+    ]
+    assert all(value in values for value in few)
+    return pytest.mark.parametrize(f"case,backend,{names}", parameters)
+
+
 def hold(pairs: list[laws.Pair], forward: float = FORMS.forward, gradient: float = FORMS.gradient) -> None:
     for pair in pairs:
         limit = gradient if "gradient" in pair.what else forward
@@ -50,9 +61,12 @@ def test_every_operator_has_a_row() -> None:
     assert {case.op for case in CASES} == set(ops.backends()) - {"bi_wkv"}
 
 
-@every_fast_form
-@pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 33, 70])
-@pytest.mark.parametrize("start", ["none", "given"])
+@forms_by(
+    "time,start",
+    [(time, start) for time in (1, 2, 15, 16, 17, 33, 70) for start in ("none", "given")],
+    [(1, "none"), (2, "given"), (16, "given"), (17, "none"), (70, "given")],
+    without=("reference",),
+)
 def test_fast_is_reference(case: OpCase, backend: str, time: int, start: str) -> None:
     hold(laws.forms(case, case.inputs(2, time), None if start == "none" else case.begin(2), backend))
 
@@ -62,8 +76,7 @@ def test_fast_is_reference_beyond_a_segment(case: OpCase, backend: str) -> None:
     hold(laws.forms(case, case.inputs(1, 1200), case.begin(1), backend))
 
 
-@every_form
-@pytest.mark.parametrize("start", ["none", "given"])
+@forms_by("start", ["none", "given"], ["given"])
 def test_steps_are_the_whole(case: OpCase, backend: str, start: str) -> None:
     hold(laws.stepping(case, case.inputs(2, 37), None if start == "none" else case.begin(2), backend=backend))
 
@@ -78,8 +91,7 @@ def cuts(length: int, chunk: int) -> list[list[int]]:
     return [[cut, length - cut] for cut in single] + several
 
 
-@every_form
-@pytest.mark.parametrize("pieces", cuts(41, 16), ids=str)
+@forms_by("pieces", cuts(41, 16), [[1, 40], [16, 25], [17, 24], cuts(41, 16)[-1]])
 def test_pieces_are_the_whole(case: OpCase, backend: str, pieces: list[int]) -> None:
     hold(laws.splitting(case, case.inputs(2, 41), case.begin(2), pieces, backend=backend))
 
@@ -89,17 +101,21 @@ def test_pieces_from_nothing_mixed_with_steps(case: OpCase, backend: str) -> Non
     hold(laws.splitting(case, case.inputs(2, 41), None, [5, -1, -1, 0, 20, -1, 13], backend=backend))
 
 
-@every_form
-@pytest.mark.parametrize("start", ["none", "given"])
-@pytest.mark.parametrize("lengths", [[0, 1, 40], [17, 40, 16], [2, 15, 3]], ids=str)
+@forms_by(
+    "start,lengths",
+    [(start, lengths) for start in ("none", "given") for lengths in ([0, 1, 40], [17, 40, 16], [2, 15, 3])],
+    [("given", [0, 1, 40]), ("none", [17, 40, 16])],
+)
 def test_padded_is_alone(case: OpCase, backend: str, start: str, lengths: list[int]) -> None:
     state = None if start == "none" else case.begin(3)
     hold(laws.padding(case, case.inputs(3, 40), state, lengths, backend=backend))
 
 
-@every_form
-@pytest.mark.parametrize("start", ["none", "given"])
-@pytest.mark.parametrize("sizes", [[40], [0, 17, 1, 0, 20, 2, 0], [16, 16, 8], [1] * 12], ids=str)
+@forms_by(
+    "start,sizes",
+    [(start, sizes) for start in ("none", "given") for sizes in ([40], [0, 17, 1, 0, 20, 2, 0], [16, 16, 8], [1] * 12)],
+    [("given", [0, 17, 1, 0, 20, 2, 0]), ("none", [16, 16, 8]), ("none", [1] * 12)],
+)
 def test_packed_is_separate(case: OpCase, backend: str, start: str, sizes: list[int]) -> None:
     state = None if start == "none" else case.begin(len(sizes))
     hold(laws.packing(case, case.inputs(1, sum(sizes)), state, sizes, backend=backend))
