@@ -173,24 +173,24 @@ def test_penalties_count_what_was_sampled(rwkv4: torch.nn.Module) -> None:
 
 
 def test_memory_does_not_grow_with_the_run(rwkv4: torch.nn.Module) -> None:
-    run: Generation = generate(rwkv4, PROMPT, max_tokens=1000, temperature=0)
+    run: Generation = generate(rwkv4, PROMPT, max_tokens=2000, temperature=0)
     size = run.state.nbytes
     for _ in range(100):
         next(run)
     tracemalloc.start()
     try:
-        for _ in range(300):  # until what is used again has been seen
+        for _ in range(800):  # until what was allocated before, and is replaced now and then, is traced too
             next(run)
         gc.collect()  # what is held counts, not what waits for the collector
         early = tracemalloc.get_traced_memory()[0]
-        for _ in range(500):
+        for _ in range(1000):
             next(run)
         gc.collect()
         late = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
     assert run.state.nbytes == size
-    assert late - early < 500 * 28  # less than one integer kept a token
+    assert late - early < 1000 * 8  # less than one object kept a token
 
 
 @pytest.mark.parametrize(
