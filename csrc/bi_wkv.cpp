@@ -8,16 +8,21 @@
 //
 // One side is scanned from the end, remembering its sums at the edges of chunks and at every token of the first; then
 // chunk after chunk is joined with the other side as that advances, the later ones scanned again from their end, sums
-// kept a token. Backward does the same with twice as many sums: with D_t the denominator, g_t/D_t and -g_t y_t/D_t are
-// summed from both sides in the way values and ones are, and meet in the gradients of k and v; sums of one side times
-// cotangents' sums of the other give that of w.
+// kept a token. Backward does the same with the cotangents: with D_t the denominator, p_t = g_t/D_t and -p_t y_t are
+// summed from both sides in the way values and ones are, and so is every term times the steps it has faded:
+//
+//     dv_i = sum_t e_ti p_t          dk_i = sum_t e_ti p_t (v_i - y_t)          dw = sum_it n_ti e_ti p_t (v_i - y_t)
+//
+// with e_ti = e^{n_ti w + k_i}, n_ti = |t-i|-1; for t = i it is e^{u + k_i}, and n is 0. Since sum_i e_ti (v_i - y_t) is 0,
+// steps may be counted from any number, one for each t: from those of its largest term, so that this, of which only
+// rounding is left where it outweighs the others, is not multiplied by how far away it is.
 
 #include "rows.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kChunk = 1024;  // tokens whose sums are kept: 512 KiB in backward, which the second cache holds
+constexpr int64_t kChunk = 1024;  // tokens whose sums are kept: 384 KiB in backward, which the second cache holds
 constexpr int64_t kAhead = 24;    // how many tokens on the rows are that are asked for meanwhile
 constexpr int64_t kPart = 32;     // tokens whose gradients of w and u are added first: long sums lose fewer digits so
 constexpr int64_t kWidth = 64;    // channels of a task
@@ -25,6 +30,18 @@ constexpr int64_t kWidth = 64;    // channels of a task
 // Below every key.
 template <class T>
 constexpr T kNothing = T(std::is_same<T, float>::value ? -1e38 : -1e300);
+
+// Of two things of which b is e^{gap} of a: what each weighs relative to the larger one.
+template <class T>
+struct Weights {
+    Int<T> a_leads;
+    Vec<T> a, b;
+    STATEWISE_INLINE explicit Weights(Vec<T> gap) : a_leads(gap <= T(0)) {
+        Vec<T> lesser = exp<T>(a_leads ? gap : -gap), one = splat<T>(T(1));
+        a = a_leads ? one : lesser;
+        b = a_leads ? lesser : one;
+    }
+};
 
 template <class T>
 struct Sum {
@@ -44,15 +61,41 @@ struct Sum {
     }
 
     // Fade by one step, then take in (a, b) times e^{k + n w}.
+    STATEWISE_INLINE Weights<T> take(Vec<T> a, Vec<T> b, Vec<T> k, Vec<T> n, Vec<T> w) {
+        Vec<T> faded = steps + T(1);
+        Weights<T> weigh((k - key) + (n - faded) * w);
+        num = num * weigh.a + a * weigh.b;
+        den = den * weigh.a + b * weigh.b;
+        key = weigh.a_leads ? key : k;
+        steps = weigh.a_leads ? faded : n;
+        return weigh;
+    }
+};
+
+// Sums of cotangents; `late` are of each term times how many more steps it has faded than the largest has.
+template <class T>
+struct Pulls {
+    Sum<T> sum;
+    Vec<T> late_num, late_den;
+
+    static constexpr int64_t fields = Sum<T>::fields + 2;
+    static Pulls nothing() { return {Sum<T>::nothing(), Vec<T>{}, Vec<T>{}}; }
+
+    STATEWISE_INLINE void keep(T* to, int64_t stride) const {
+        sum.keep(to, stride);
+        store<T>(to + 4 * stride, late_num);
+        store<T>(to + 5 * stride, late_den);
+    }
+    STATEWISE_INLINE static Pulls kept(const T* from, int64_t stride) {
+        return {Sum<T>::kept(from, stride), load<T>(from + 4 * stride), load<T>(from + 5 * stride)};
+    }
+
     STATEWISE_INLINE void take(Vec<T> a, Vec<T> b, Vec<T> k, Vec<T> n, Vec<T> w) {
-        Vec<T> faded = steps + T(1), gap = (key - k) + (faded - n) * w;
-        Int<T> old_leads = gap >= T(0);
-        Vec<T> lesser = exp<T>(old_leads ? -gap : gap), one = splat<T>(T(1));
-        Vec<T> old = old_leads ? one : lesser, fresh = old_leads ? lesser : one;
-        num = num * old + a * fresh;
-        den = den * old + b * fresh;
-        key = old_leads ? key : k;
-        steps = old_leads ? faded : n;
+        const Vec<T> later = n - (sum.steps + T(1)), zero = {}, old_num = sum.num, old_den = sum.den;
+        const Weights<T> weigh = sum.take(a, b, k, n, w);
+        const Vec<T> of_old = weigh.a_leads ? zero : later, of_new = weigh.a_leads ? later : zero;
+        late_num = (late_num - of_old * old_num) * weigh.a + of_new * (a * weigh.b);
+        late_den = (late_den - of_old * old_den) * weigh.a + of_new * (b * weigh.b);
     }
 };
 
@@ -63,13 +106,46 @@ struct Inputs {
     int64_t C;
 };
 
-// What forward tells backward of a token, as planes of (tokens, C): the average, one over the denominator relative to the
-// largest exponent, and that exponent as a pair.
+// A number of steps below 65,536.
+struct Count {
+    uint16_t n;
+};
+
 template <class T>
+STATEWISE_INLINE Vec<T> load(const Count* p) {
+    typedef uint16_t V __attribute__((vector_size(2 * kLanes<T>)));
+    V x;
+    std::memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, Int<T>), Vec<T>);
+}
+
+template <class T>
+STATEWISE_INLINE void store(Count* p, Vec<T> x) {
+    typedef uint16_t V __attribute__((vector_size(2 * kLanes<T>)));
+    V y = __builtin_convertvector(__builtin_convertvector(x, Int<T>), V);
+    std::memcpy(p, &y, sizeof y);
+}
+
+// What forward tells backward of a token, each (tokens, C): one over the denominator relative to the largest exponent, and
+// that exponent as a pair, whose steps are Counts where sequences are short enough. The average is y, or kept, too, where y
+// is of another dtype.
+template <class IO, class T, class S>
 struct Kept {
-    T* at;
-    int64_t plane;
-    STATEWISE_INLINE T* field(int64_t index, int64_t at_row) const { return at + index * plane + at_row; }
+    T *inverse, *key, *average;
+    S* steps;
+    static constexpr bool own_average = !std::is_same<IO, T>::value;
+
+    Kept(void* kept, void* steps_at, const void* y, int64_t plane)
+        : inverse((T*)kept), key((T*)kept + plane), average(own_average ? (T*)kept + 2 * plane : (T*)y),
+          steps((S*)steps_at) {}
+
+    template <int for_writing>
+    STATEWISE_INLINE void prefetch(int64_t row) const {
+        __builtin_prefetch(inverse + row, for_writing, 2);
+        __builtin_prefetch(key + row, for_writing, 2);
+        __builtin_prefetch(steps + row, for_writing, 2);
+        if (own_average || !for_writing) __builtin_prefetch(average + row, for_writing, 2);
+    }
 };
 
 template <class T>
@@ -77,9 +153,11 @@ STATEWISE_INLINE Vec<T> bounded(const T* log_w, int64_t left) {
     return at_least<T>(load<T>(log_w, left), splat<T>(T(-1e30)));  // 0 steps of -inf are 0
 }
 
-template <class IO, class T>
+// `kept` may be null.
+template <class IO, class T, class S>
 void forward_block(
-    const Inputs<IO, T>& in, Span span, int64_t c0, int64_t width, IO* y, Kept<T> kept, T* edges, T* inside) {
+    const Inputs<IO, T>& in, Span span, int64_t c0, int64_t width, IO* y, const Kept<IO, T, S>* kept, T* edges,
+    T* inside) {
     constexpr int64_t lanes = kLanes<T>, fields = Sum<T>::fields;
     const int64_t chunks = (span.count + kChunk - 1) / kChunk;
     const Vec<T> one = splat<T>(T(1)), zero = {};
@@ -112,26 +190,24 @@ void forward_block(
                 const int64_t row = (span.begin + t) * in.C + c;
                 const int64_t next = (span.begin + std::min(t + kAhead, span.count - 1)) * in.C + c;
                 __builtin_prefetch(y + next, 1, 2);
-                for (int f = 0; kept.at && f < 4; ++f) __builtin_prefetch(kept.field(f, next), 1, 2);
+                if (kept) kept->template prefetch<1>(next);
                 Vec<T> k = load<T>(in.k + row, left), v = load<T>(in.v + row, left), bonus = u + k;
                 right = Sum<T>::kept(inside + (t - start) * fields * lanes, lanes);
-                Int<T> sum_leads = (sum.key - right.key) + (sum.steps - right.steps) * w >= T(0);
-                Vec<T> key = sum_leads ? sum.key : right.key, steps = sum_leads ? sum.steps : right.steps;
-                Int<T> bonus_leads = (bonus - key) - steps * w >= T(0);
-                key = bonus_leads ? bonus : key;
-                steps = bonus_leads ? zero : steps;
-                Vec<T> before = exp<T>((sum.key - key) + (sum.steps - steps) * w);
-                Vec<T> after = exp<T>((right.key - key) + (right.steps - steps) * w);
-                Vec<T> now = exp<T>((bonus - key) - steps * w);
-                Vec<T> num = before * sum.num + after * right.num + now * v;
-                Vec<T> den = before * sum.den + after * right.den + now;
-                Vec<T> average = num / den;
+                const Weights<T> sides((right.key - sum.key) + (right.steps - sum.steps) * w);
+                Vec<T> key = sides.a_leads ? sum.key : right.key, steps = sides.a_leads ? sum.steps : right.steps;
+                const Weights<T> all((bonus - key) - steps * w);
+                key = all.a_leads ? key : bonus;
+                steps = all.a_leads ? steps : zero;
+                Vec<T> num = (sides.a * sum.num + sides.b * right.num) * all.a + all.b * v;
+                Vec<T> den = (sides.a * sum.den + sides.b * right.den) * all.a + all.b;
+                const Vec<T> inverse = reciprocal<T>(den);
+                const Vec<T> average = quotient<T>(num, den, inverse);
                 store<T>(y + row, average, left);
-                if (kept.at) {
-                    store<T>(kept.field(0, row), average, left);
-                    store<T>(kept.field(1, row), T(1) / den, left);
-                    store<T>(kept.field(2, row), key, left);
-                    store<T>(kept.field(3, row), steps, left);
+                if (kept) {
+                    if (kept->own_average) store<T>(kept->average + row, average, left);
+                    store<T>(kept->inverse + row, inverse, left);
+                    store<T>(kept->key + row, key, left);
+                    store<T>(kept->steps + row, steps, left);
                 }
                 sum.take(v, one, k, zero, w);
             }
@@ -139,51 +215,69 @@ void forward_block(
     }
 }
 
+// About e^x, x at most 0: the bits of a float taken for a number grow like its logarithm.
+STATEWISE_INLINE Vec<float> rough_exp(Vec<float> x) {
+    constexpr float unit = float(1 << Float<float>::exponent_bits);
+    Vec<float> bits = at_least<float>(x * (kLog2E<float> * unit) + Float<float>::bias * unit, Vec<float>{});
+    return bits_of<Vec<float>>(__builtin_convertvector(bits, Int<float>));
+}
+
+STATEWISE_INLINE Vec<double> rough_exp(Vec<double> x) { return exp<double>(x); }
+
+// About the row's average with no decay. Averages move with their values, so values may be told relative to any number.
+// Relative to this one the gradients of k, w and u stay what they are, and where one token outweighs all others do not
+// drown in terms that cancel.
 template <class IO, class T>
-void backward_block(
-    const Inputs<IO, T>& in, Span span, int64_t c0, int64_t width, Kept<T> kept, const IO* grad_y, IO* grad_k,
-    IO* grad_v, T* grad_w, T* grad_u, T* edges, T* inside) {
-    constexpr int64_t lanes = kLanes<T>, fields = 2 * Sum<T>::fields, half = Sum<T>::fields * lanes;
-    const int64_t chunks = (span.count + kChunk - 1) / kChunk;
-    const Vec<T> one = splat<T>(T(1)), zero = {};
-    for (int64_t i = 0; i < width; i += lanes) {
-        const int64_t c = c0 + i, left = width - i;
-        const Vec<T> w = bounded<T>(in.log_w + c, left), u = load<T>(in.u + c, left);
-        // Averages move with their values, so values may be told relative to any. Relative to the row's average with no
-        // decay, the gradients of k, w and u stay what they are, and where one token outweighs all others do not drown
-        // in terms that cancel.
-        Sum<T> all = Sum<T>::nothing();
-        for (int64_t t = 0; t < span.count; ++t) {
+STATEWISE_INLINE Vec<T> rough_average(const Inputs<IO, T>& in, Span span, int64_t c, int64_t left) {
+    constexpr int64_t group = 8;
+    Vec<T> num = {}, den = {}, top = splat<T>(kNothing<T>);
+    for (int64_t start = 0; start < span.count; start += group) {
+        const int64_t end = std::min(span.count, start + group);
+        const Vec<T> before = top;
+        for (int64_t t = start; t < end; ++t) {
             const int64_t row = (span.begin + t) * in.C + c;
             const int64_t next = (span.begin + std::min(t + kAhead, span.count - 1)) * in.C + c;
             __builtin_prefetch(in.v + next, 0, 2);
             __builtin_prefetch(in.k + next, 0, 2);
-            all.take(load<T>(in.v + row, left), one, load<T>(in.k + row, left), zero, zero);
+            top = at_least<T>(load<T>(in.k + row, left), top);
         }
-        const Vec<T> center = span.count ? all.num / all.den : zero;
-        // Of the values on one side, and of the cotangents there.
-        struct Side {
-            Sum<T> values, pulls;
-        };
-        auto take = [&](Side& side, int64_t t) {
+        const Vec<T> fade = rough_exp(before - top);
+        num *= fade;
+        den *= fade;
+        for (int64_t t = start; t < end; ++t) {
             const int64_t row = (span.begin + t) * in.C + c;
-            side.values.take(load<T>(in.v + row, left) - center, one, load<T>(in.k + row, left), zero, w);
-            Vec<T> y = load<T>(kept.field(0, row), left) - center;
-            Vec<T> pull = load<T>(grad_y + row, left) * load<T>(kept.field(1, row), left);
-            side.pulls.take(pull, -pull * y, -load<T>(kept.field(2, row), left), -load<T>(kept.field(3, row), left), w);
+            const Vec<T> weight = rough_exp(load<T>(in.k + row, left) - top);
+            num += weight * load<T>(in.v + row, left);
+            den += weight;
+        }
+    }
+    return span.count ? num / den : Vec<T>{};
+}
+
+template <class IO, class T, class S>
+void backward_block(
+    const Inputs<IO, T>& in, Span span, int64_t c0, int64_t width, Kept<IO, T, S> kept, const IO* grad_y, IO* grad_k,
+    IO* grad_v, T* grad_w, T* grad_u, T* edges, T* inside) {
+    constexpr int64_t lanes = kLanes<T>, fields = Pulls<T>::fields;
+    const int64_t chunks = (span.count + kChunk - 1) / kChunk;
+    const Vec<T> zero = {};
+    for (int64_t i = 0; i < width; i += lanes) {
+        const int64_t c = c0 + i, left = width - i;
+        const Vec<T> w = bounded<T>(in.log_w + c, left), u = load<T>(in.u + c, left);
+        const Vec<T> center = rough_average(in, span, c, left);
+        auto take = [&](Pulls<T>& side, int64_t t) {
+            const int64_t row = (span.begin + t) * in.C + c;
+            Vec<T> y = load<T>(kept.average + row, left) - center;
+            Vec<T> pull = load<T>(grad_y + row, left) * load<T>(kept.inverse + row, left);
+            side.take(pull, -pull * y, -load<T>(kept.key + row, left), -load<T>(kept.steps + row, left), w);
         };
-        auto keep = [&](const Side& side, T* to) {
-            side.values.keep(to, lanes);
-            side.pulls.keep(to + half, lanes);
-        };
-        const Side nothing{Sum<T>::nothing(), Sum<T>::nothing()};
-        Side right = nothing, sum = nothing;
+        Pulls<T> right = Pulls<T>::nothing(), sum = Pulls<T>::nothing();
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-            keep(right, edges + chunk * fields * lanes);
+            right.keep(edges + chunk * fields * lanes, lanes);
             for (int64_t t = std::min(span.count, (chunk + 1) * kChunk) - 1; t >= chunk * kChunk; --t) {
-                if (!chunk) keep(right, inside + t * fields * lanes);
+                if (!chunk) right.keep(inside + t * fields * lanes, lanes);
                 const int64_t next = (span.begin + std::max<int64_t>(t - kAhead, 0)) * in.C + c;
-                for (int f = 0; f < 4; ++f) __builtin_prefetch(kept.field(f, next), 0, 2);
+                kept.template prefetch<0>(next);
                 __builtin_prefetch(grad_y + next, 0, 2);
                 take(right, t);
             }
@@ -191,11 +285,10 @@ void backward_block(
         Vec<T> total_w = {}, total_u = {};
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t start = chunk * kChunk, end = std::min(span.count, start + kChunk);
-            const T* edge = edges + chunk * fields * lanes;
             Vec<T> part_w = {}, part_u = {};
-            right = {Sum<T>::kept(edge, lanes), Sum<T>::kept(edge + half, lanes)};
+            right = Pulls<T>::kept(edges + chunk * fields * lanes, lanes);
             for (int64_t t = end - 1; chunk && t >= start; --t) {
-                keep(right, inside + (t - start) * fields * lanes);
+                right.keep(inside + (t - start) * fields * lanes, lanes);
                 take(right, t);
             }
             for (int64_t t = start; t < end; ++t) {
@@ -203,27 +296,25 @@ void backward_block(
                 const int64_t next = (span.begin + std::min(t + kAhead, span.count - 1)) * in.C + c;
                 __builtin_prefetch(grad_k + next, 1, 2);
                 __builtin_prefetch(grad_v + next, 1, 2);
-                const T* here = inside + (t - start) * fields * lanes;
-                right = {Sum<T>::kept(here, lanes), Sum<T>::kept(here + half, lanes)};
+                right = Pulls<T>::kept(inside + (t - start) * fields * lanes, lanes);
                 Vec<T> k = load<T>(in.k + row, left), v = load<T>(in.v + row, left) - center;
-                Vec<T> y = load<T>(kept.field(0, row), left) - center;
-                Vec<T> shared = load<T>(kept.field(1, row), left) * load<T>(grad_y + row, left);
-                Vec<T> key = load<T>(kept.field(2, row), left), steps = load<T>(kept.field(3, row), left);
+                Vec<T> y = load<T>(kept.average + row, left) - center;
+                Vec<T> shared = load<T>(kept.inverse + row, left) * load<T>(grad_y + row, left);
+                Vec<T> key = load<T>(kept.key + row, left), steps = load<T>(kept.steps + row, left);
                 Vec<T> pull = exp<T>((u + k - key) - steps * w) * shared;
                 Vec<T> bonus = pull * (v - y);
-                Vec<T> earlier = exp<T>((k + sum.pulls.key) + sum.pulls.steps * w);
-                Vec<T> later = exp<T>((k + right.pulls.key) + right.pulls.steps * w);
-                Vec<T> to_num = earlier * sum.pulls.num + later * right.pulls.num;
-                Vec<T> to_den = earlier * sum.pulls.den + later * right.pulls.den;
+                Vec<T> earlier = exp<T>((k + sum.sum.key) + sum.sum.steps * w);
+                Vec<T> later = exp<T>((k + right.sum.key) + right.sum.steps * w);
+                Vec<T> to_num = earlier * sum.sum.num + later * right.sum.num;
+                Vec<T> to_den = earlier * sum.sum.den + later * right.sum.den;
+                Vec<T> late_num = earlier * (sum.late_num + sum.sum.steps * sum.sum.num) +
+                                  later * (right.late_num + right.sum.steps * right.sum.num);
+                Vec<T> late_den = earlier * (sum.late_den + sum.sum.steps * sum.sum.den) +
+                                  later * (right.late_den + right.sum.steps * right.sum.den);
                 store<T>(grad_v + row, pull + to_num, left);
                 store<T>(grad_k + row, bonus + (v * to_num + to_den), left);
                 part_u += bonus;
-                // A value on one side that a cotangent on the other meets fades once more in passing this token.
-                auto passing = [&](const Sum<T>& values, const Sum<T>& pulls) {
-                    Vec<T> size = exp<T>((values.key + pulls.key) + (values.steps + pulls.steps + T(1)) * w);
-                    return size * (values.num * pulls.num + values.den * pulls.den);
-                };
-                part_w += passing(sum.values, right.pulls) + passing(right.values, sum.pulls);
+                part_w += (v * late_num + late_den) - steps * bonus;
                 take(sum, t);
                 if (t % kPart == kPart - 1 || t == end - 1) {
                     total_w += part_w;
@@ -255,41 +346,57 @@ void for_blocks(const Span* spans, int64_t n, int64_t C, int64_t fields, int64_t
     }
 }
 
+// Calls kernel with a pointer of the type that steps are kept as.
+template <class T, class Kernel>
+void with_steps(int64_t narrow, Kernel kernel) {
+    if (narrow) kernel((Count*)nullptr);
+    else kernel((T*)nullptr);
+}
+
 }  // namespace
 
-// log_w and u (C,). Kept, or null: (4, tokens, C).
+// log_w and u (C,). Kept, or null: (2, tokens, C), for bfloat16 (3, tokens, C); steps (tokens, C), 16 bits if `narrow`,
+// which no sequence may be longer than 65,535 for.
 STATEWISE_EXPORT int bi_wkv_forward(
     int64_t dtype, const void* k, const void* v, const void* log_w, const void* u, const void* spans, int64_t n,
-    int64_t C, int64_t tokens, void* y, void* kept, int64_t threads) {
+    int64_t C, int64_t tokens, int64_t narrow, void* y, void* kept, void* steps, int64_t threads) {
     return dispatch(dtype, [&](auto io, auto t) {
         using IO = decltype(io);
         using T = decltype(t);
         const Inputs<IO, T> in{(const IO*)k, (const IO*)v, (const T*)log_w, (const T*)u, C};
         const Span* span = (const Span*)spans;
-        for_blocks<T>(
-            span, n, C, Sum<T>::fields, threads, [&](int64_t i, int64_t c, int64_t width, T* edges, T* inside) {
-                forward_block<IO, T>(in, span[i], c, width, (IO*)y, {(T*)kept, tokens * C}, edges, inside);
-            });
+        with_steps<T>(narrow, [&](auto* of) {
+            using S = std::remove_pointer_t<decltype(of)>;
+            const Kept<IO, T, S> to(kept, steps, y, tokens * C);
+            for_blocks<T>(
+                span, n, C, Sum<T>::fields, threads, [&](int64_t i, int64_t c, int64_t width, T* edges, T* inside) {
+                    forward_block<IO, T, S>(in, span[i], c, width, (IO*)y, kept ? &to : nullptr, edges, inside);
+                });
+        });
         return true;
     });
 }
 
-// Gradients of log_w and u come a row a sequence, (n, C).
+// y may be null for bfloat16. Gradients of log_w and u come a row a sequence, (n, C).
 STATEWISE_EXPORT int bi_wkv_backward(
     int64_t dtype, const void* k, const void* v, const void* log_w, const void* u, const void* spans, int64_t n,
-    int64_t C, int64_t tokens, void* kept, const void* grad_y, void* grad_k, void* grad_v, void* grad_log_w,
-    void* grad_u, int64_t threads) {
+    int64_t C, int64_t tokens, int64_t narrow, const void* y, void* kept, void* steps, const void* grad_y, void* grad_k,
+    void* grad_v, void* grad_log_w, void* grad_u, int64_t threads) {
     return dispatch(dtype, [&](auto io, auto t) {
         using IO = decltype(io);
         using T = decltype(t);
         const Inputs<IO, T> in{(const IO*)k, (const IO*)v, (const T*)log_w, (const T*)u, C};
         const Span* span = (const Span*)spans;
-        for_blocks<T>(
-            span, n, C, 2 * Sum<T>::fields, threads, [&](int64_t i, int64_t c, int64_t width, T* edges, T* inside) {
-                backward_block<IO, T>(
-                    in, span[i], c, width, {(T*)kept, tokens * C}, (const IO*)grad_y, (IO*)grad_k, (IO*)grad_v,
-                    (T*)grad_log_w + i * C, (T*)grad_u + i * C, edges, inside);
-            });
+        with_steps<T>(narrow, [&](auto* of) {
+            using S = std::remove_pointer_t<decltype(of)>;
+            const Kept<IO, T, S> from(kept, steps, y, tokens * C);
+            for_blocks<T>(
+                span, n, C, Pulls<T>::fields, threads, [&](int64_t i, int64_t c, int64_t width, T* edges, T* inside) {
+                    backward_block<IO, T, S>(
+                        in, span[i], c, width, from, (const IO*)grad_y, (IO*)grad_k, (IO*)grad_v,
+                        (T*)grad_log_w + i * C, (T*)grad_u + i * C, edges, inside);
+                });
+        });
         return true;
     });
 }

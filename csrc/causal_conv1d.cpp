@@ -15,6 +15,12 @@ constexpr int64_t kTile = 32;
 constexpr int64_t kWidth = 512;   // channels of a task
 constexpr int64_t kMostTaps = 8;  // W is known when this is compiled
 
+// Weights of one vector of channels.
+template <class T, int W>
+struct Taps {
+    Vec<T> at[W];
+};
+
 template <class IO, class T, int W>
 struct Convolution {
     const IO* x;
@@ -27,13 +33,15 @@ struct Convolution {
         return t < 0 ? load<T>(begin + (t + W - 1) * C + c, left) : load<T>(x + (span.begin + t) * C + c, left);
     }
 
-    STATEWISE_INLINE void weights(int64_t c, int64_t left, Vec<T>* to) const {
-        const int64_t count = std::min<int64_t>(left, kLanes<T>);
-        for (int j = 0; j < W; ++j) {
-            T lanes[kLanes<T>] = {};
-            for (int64_t i = 0; i < count; ++i) lanes[i] = weight[(c + i) * W + j];
-            to[j] = load<T>(lanes);
-        }
+    // Those of a task's channels, a vector of channels after another.
+    STATEWISE_INLINE void weights(int64_t first, int64_t width, Taps<T, W>* to) const {
+        for (int64_t at = 0; at < width; at += kLanes<T>)
+            for (int j = 0; j < W; ++j) {
+                T lanes[kLanes<T>] = {};
+                for (int64_t i = 0; i < std::min<int64_t>(width - at, kLanes<T>); ++i)
+                    lanes[i] = weight[(first + at + i) * W + j];
+                to[at / kLanes<T>].at[j] = load<T>(lanes);
+            }
     }
 
     STATEWISE_INLINE Vec<T> shift(int64_t c, int64_t left) const { return bias ? load<T>(bias + c, left) : Vec<T>{}; }
@@ -48,12 +56,14 @@ STATEWISE_INLINE V weighted(const V* weights, const V* samples, V sum) {
 template <class IO, class T, int W>
 void forward_block(const Convolution<IO, T, W>& in, IO* y, T* end, int64_t first, int64_t width) {
     const int64_t count = in.span.count, C = in.C;
+    Taps<T, W> taps[kWidth / kLanes<T>];
+    in.weights(first, width, taps);
     for (int64_t start = 0; start < count; start += kTile) {
         const int64_t stop = std::min(start + kTile, count), ahead = prefetch_step(start, count, kTile, C);
         for (int64_t c = first; c < first + width; c += kLanes<T>) {
             const int64_t left = first + width - c;
-            Vec<T> weights[W], samples[W], shift = in.shift(c, left);
-            in.weights(c, left, weights);
+            const Taps<T, W> weights = taps[(c - first) / kLanes<T>];
+            Vec<T> samples[W], shift = in.shift(c, left);
             for (int j = 1; j < W; ++j) samples[j] = in.sample(start - W + j, c, left);
             for (int64_t t = start; t < stop; ++t) {
                 const int64_t at = (in.span.begin + t) * C + c;
@@ -61,7 +71,7 @@ void forward_block(const Convolution<IO, T, W>& in, IO* y, T* end, int64_t first
                 __builtin_prefetch(y + at + ahead, 1, 2);
                 for (int j = 1; j < W; ++j) samples[j - 1] = samples[j];
                 samples[W - 1] = load<T>(in.x + at, left);
-                Vec<T> pre = weighted<W>(weights, samples, shift);
+                Vec<T> pre = weighted<W>(weights.at, samples, shift);
                 store<T>(y + at, in.silu ? pre * sigmoid<T>(pre) : pre, left);
             }
         }
@@ -83,6 +93,8 @@ void backward_block(
     T* grad_begin, int64_t first, int64_t width) {
     const int64_t count = in.span.count, C = in.C, before = W - 1;
     Gradients<T, W> gathered[kWidth / kLanes<T>] = {};
+    Taps<T, W> taps[kWidth / kLanes<T>];
+    in.weights(first, width, taps);
     // What a sample's place in the last window adds to its gradient.
     auto from_end = [&](int64_t t, int64_t c, int64_t left) {
         const int64_t m = t - (count - before);
@@ -93,8 +105,8 @@ void backward_block(
         for (int64_t c = first; c < first + width; c += kLanes<T>) {
             const int64_t left = first + width - c;
             Gradients<T, W> grad = gathered[(c - first) / kLanes<T>];
-            Vec<T> weights[W], samples[W], shift = in.shift(c, left);
-            in.weights(c, left, weights);
+            const Taps<T, W> weights = taps[(c - first) / kLanes<T>];
+            Vec<T> samples[W], shift = in.shift(c, left);
             for (int j = 0; j < W - 1; ++j) samples[j] = in.sample(last - W + 2 + j, c, left);
             for (int64_t t = last; t >= start; --t) {
                 const int64_t at = (in.span.begin + t) * C + c;
@@ -105,14 +117,14 @@ void backward_block(
                 samples[0] = in.sample(t - before, c, left);
                 Vec<T> g = load<T>(grad_y + at, left);
                 if (in.silu) {
-                    Vec<T> pre = weighted<W>(weights, samples, shift), gate = sigmoid<T>(pre);
+                    Vec<T> pre = weighted<W>(weights.at, samples, shift), gate = sigmoid<T>(pre);
                     g *= gate * (T(1) + pre * (T(1) - gate));
                 }
                 grad.pulls[0] = g;
                 grad.bias += g;
                 Vec<T> d = from_end(t, c, left);
                 for (int j = 0; j < W; ++j) {
-                    d += weights[W - 1 - j] * grad.pulls[j];
+                    d += weights.at[W - 1 - j] * grad.pulls[j];
                     grad.weights[j] += g * samples[j];
                 }
                 store<T>(grad_x + at, d, left);
@@ -123,11 +135,10 @@ void backward_block(
     for (int64_t c = first; c < first + width; c += kLanes<T>) {
         const int64_t left = first + width - c;
         const Gradients<T, W>& grad = gathered[(c - first) / kLanes<T>];
-        Vec<T> weights[W];
-        in.weights(c, left, weights);
+        const Taps<T, W>& weights = taps[(c - first) / kLanes<T>];
         for (int64_t m = 0; m < before; ++m) {  // the sample at time m - before, seen by outputs 0 .. m
             Vec<T> d = from_end(m - before, c, left);
-            for (int64_t j = 0; j <= m; ++j) d += weights[m - j] * grad.pulls[j];
+            for (int64_t j = 0; j <= m; ++j) d += weights.at[m - j] * grad.pulls[j];
             store<T>(grad_begin + m * C + c, d, left);
         }
         for (int64_t i = 0; i < std::min<int64_t>(left, kLanes<T>); ++i)

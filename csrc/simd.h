@@ -229,17 +229,30 @@ STATEWISE_INLINE Vec<double> exp2_fraction(Vec<double> f) {
     return q * x + 1.0;
 }
 
+#if defined(__AVX512F__)
+// With x = n/16 + r, 2^x is 2^{n/16} times a short polynomial of r, exact at 0. A register holds a table of 2^{j/16}, as
+// bits less j where the shifted n has it too, so that one addition gives table and exponent.
+STATEWISE_INLINE Vec<float> exp2_by_table(Vec<float> x) {
+    const __m512i table = _mm512_setr_epi32(
+        0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3,
+        0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+    const float to_sixteenths = 786432.0f;  // 1.5 * 2^19
+    Vec<float> shifted = x + to_sixteenths, r = x - (shifted - to_sixteenths);
+    __m512i n = bits_of<__m512i>(shifted);
+    __m512i bits = _mm512_add_epi32(_mm512_maskz_permutexvar_epi32(-1, n, table), _mm512_maskz_slli_epi32(-1, n, 19));
+    __m512 scale = bits_of<__m512>(bits);
+    Vec<float> rest = ((r * 0.055505409836769104f + 0.24023355543613434f) * r + 0.6931471824645996f) * r;
+    __mmask16 there = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return Vec<float>(_mm512_maskz_fmadd_ps(there, scale, __m512(rest), scale));
+}
+#endif
+
 // 2^x for any x below 127.5 (1023.5). Exactly 0 below -126 (-1022), where normal numbers end: what is forgotten leaves no
 // trace, in gradients neither.
 template <class T>
 STATEWISE_INLINE Vec<T> exp2(Vec<T> x) {
 #if defined(__AVX512F__)
-    if constexpr (std::is_same<T, float>::value) {
-        __m512 whole = _mm512_maskz_roundscale_ps(-1, __m512(x), 0);
-        __m512 part = __m512(exp2_fraction(x - Vec<float>(whole)));
-        __mmask16 there = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-        return Vec<T>(_mm512_maskz_scalef_ps(there, part, whole));
-    }
+    if constexpr (std::is_same<T, float>::value) return exp2_by_table(x);
 #endif
     const Vec<T> least = splat<T>(T(1 - Float<T>::bias));
     Int<T> gone = x < least;
@@ -251,15 +264,42 @@ STATEWISE_INLINE Vec<T> exp2(Vec<T> x) {
     return gone ? Vec<T>{} : bits_of<Vec<T>>(bits);
 }
 
+// Whether a mask holds in all lanes.
+template <class T>
+STATEWISE_INLINE bool holds(Int<T> mask) {
+    bool all = true;
+    for (int i = 0; i < kLanes<T>; ++i) all &= mask[i] != 0;
+    return all;
+}
+
 template <class T>
 STATEWISE_INLINE Vec<T> exp(Vec<T> x) {
     return exp2<T>(x * kLog2E<T>);
 }
 
+// 1 / x for x from 1e-37 to 1e37, to an ulp or two: an estimate and one of Newton's steps where division is slower.
+template <class T>
+STATEWISE_INLINE Vec<T> reciprocal(Vec<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<T, float>::value) {
+        Vec<T> estimate = Vec<T>(_mm512_maskz_rcp14_ps(-1, __m512(x)));
+        return estimate * (T(2) - x * estimate);
+    }
+#endif
+    return T(1) / x;
+}
+
+// x / y, given about 1 / y: what the inverse's rounding cost is put right.
+template <class T>
+STATEWISE_INLINE Vec<T> quotient(Vec<T> x, Vec<T> y, Vec<T> inverse) {
+    const Vec<T> near = x * inverse;
+    return near + (x - near * y) * inverse;
+}
+
 // Where it lies between 0 and 1 whatever x is; a NaN stays one.
 template <class T>
 STATEWISE_INLINE Vec<T> sigmoid(Vec<T> x) {
-    return T(1) / (T(1) + exp2<T>(at_most<T>(x * -kLog2E<T>, splat<T>(T(Float<T>::bias - 1)))));
+    return reciprocal<T>(T(1) + exp2<T>(at_most<T>(x * -kLog2E<T>, splat<T>(T(Float<T>::bias - 5)))));
 }
 
 // ln(1 + e^x), and x itself above 20, as torch has it. With e = e^-|x|, ln(1 + e) is twice the area tangent of

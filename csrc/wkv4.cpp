@@ -4,6 +4,9 @@
 //     sum_{t+1} = e^{log_w} sum_t + e^{k_t} v_t                                  times e^{m_{t+1}}
 //
 // with m the running maximum max(m + log_w, k), so that of two weights one is always 1 and the other e^{-|difference|}.
+// What a token weighs in its own y, relative to the sums, is what it weighs in the next sums times e^{u + log_w}, a
+// constant: one exponential serves both, unless u or log_w of a channel are so large that the constant or what it is
+// multiplied with could leave the range of numbers.
 //
 // Tiles of a few tokens are walked a vector of channels at a time, so sums stay in registers; the rows of the next tile
 // are asked for meanwhile, since no processor's prefetcher follows a column. Backward recomputes a tile from the sums
@@ -58,24 +61,50 @@ STATEWISE_INLINE void weigh(Vec<T> difference, Vec<T>& of_a, Vec<T>& of_b) {
     of_b = b_leads ? one : lesser;
 }
 
+// One vector of channels.
+template <class T>
+struct Parameters {
+    Vec<T> log_w, u, own;  // own = e^{u + log_w}
+
+    STATEWISE_INLINE Parameters(const T* log_w_at, const T* u_at, int64_t count)
+        : log_w(load<T>(log_w_at, count)), u(load<T>(u_at, count)), own(exp<T>(u + log_w)) {}
+
+    // Whether `own` serves: far from the ends of numbers, so that no weight vanishes where it is not negligible.
+    STATEWISE_INLINE bool plain() const {
+        const Vec<T> limit = splat<T>(T(16));
+        return holds<T>((log_w >= -limit) & (log_w <= limit) & (u >= -limit) & (u <= limit));
+    }
+};
+
 // One token of one vector of channels.
 template <class T>
 struct Token {
-    Vec<T> y, from_state, from_key, total;  // y = (num·from_state + v·from_key) / total, total likewise of den
-    Vec<T> fade, gain;                      // sum = sum·fade + v·gain
-    Vec<T> lead;                            // how far the key is above what the maximum fell to
+    Vec<T> y, from_state, from_key, inverse;  // y = (num·from_state + v·from_key)·inverse, inverse = 1 / likewise of den
+    Vec<T> fade, gain;                        // sum = sum·fade + v·gain
+    Vec<T> lead;                              // how far the key is above what the maximum fell to
 };
 
-template <class T>
-STATEWISE_INLINE Token<T> advance(Vec<T> k, Vec<T> v, Vec<T> log_w, Vec<T> u, Sums<T>& sums) {
+template <bool kPlain, class T>
+STATEWISE_INLINE Token<T> advance(Vec<T> k, Vec<T> v, const Parameters<T>& of, Sums<T>& sums) {
     Token<T> token;
-    weigh<T>(u + k - sums.top, token.from_state, token.from_key);
-    token.total = sums.den * token.from_state + token.from_key;
-    token.y = (sums.num * token.from_state + token.from_key * v) / token.total;
-
-    Vec<T> faded = sums.top + log_w;
+    Vec<T> faded = sums.top + of.log_w;
     token.lead = k - faded;
     weigh<T>(token.lead, token.fade, token.gain);
+    if constexpr (kPlain) {
+        token.from_state = token.fade;
+        token.from_key = token.gain * of.own;
+    } else {
+        weigh<T>(of.u + k - sums.top, token.from_state, token.from_key);
+    }
+    const Vec<T> total = sums.den * token.from_state + token.from_key;
+    const Vec<T> weighed = sums.num * token.from_state + token.from_key * v;
+    if constexpr (kPlain) {
+        token.inverse = reciprocal<T>(total);
+        token.y = quotient<T>(weighed, total, token.inverse);
+    } else {
+        token.inverse = T(1) / total;
+        token.y = weighed / total;
+    }
     sums.num = sums.num * token.fade + token.gain * v;
     sums.den = sums.den * token.fade + token.gain;
     sums.top = at_least<T>(k, faded);
@@ -86,21 +115,28 @@ template <class IO, class T>
 void forward_block(
     const IO* k, const IO* v, IO* y, Span span, int64_t C, int64_t width, const T* log_w, const T* u,
     StatePointers<const T> begin, StatePointers<T> end, T* kept) {
-    for (int64_t c = 0; c < width; c += kLanes<T>) store_sums<T>(end, c, load_sums<T>(begin, c, width - c), width - c);
+    bool plain[kWidth / kLanes<T>];
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+        plain[c / kLanes<T>] = Parameters<T>(log_w + c, u + c, width - c).plain();
+        store_sums<T>(end, c, load_sums<T>(begin, c, width - c), width - c);
+    }
     for (int64_t start = 0; start < span.count; start += kEvery) {
         const int64_t length = std::min(kEvery, span.count - start), ahead = prefetch_step(start, span.count, kEvery, C);
         for (int64_t c = 0; c < width; c += kLanes<T>) {
             Sums<T> sums = load_sums<T>(end, c, width - c);
             if (kept) store_sums<T>(slot_of(kept, start / kEvery, C), c, sums, width - c);
-            Vec<T> w = load<T>(log_w + c, width - c), bonus = load<T>(u + c, width - c);
-            for (int64_t t = 0; t < length; ++t) {
-                const int64_t at = (span.begin + start + t) * C + c;
-                __builtin_prefetch(k + at + ahead, 0, 2);
-                __builtin_prefetch(v + at + ahead, 0, 2);
-                __builtin_prefetch(y + at + ahead, 1, 2);
-                Vec<T> key = load<T>(k + at, width - c), value = load<T>(v + at, width - c);
-                store<T>(y + at, advance<T>(key, value, w, bonus, sums).y, width - c);
-            }
+            const Parameters<T> of(log_w + c, u + c, width - c);
+            auto walk = [&](auto plain) {
+                for (int64_t t = 0; t < length; ++t) {
+                    const int64_t at = (span.begin + start + t) * C + c;
+                    __builtin_prefetch(k + at + ahead, 0, 2);
+                    __builtin_prefetch(v + at + ahead, 0, 2);
+                    __builtin_prefetch(y + at + ahead, 1, 2);
+                    Vec<T> key = load<T>(k + at, width - c), value = load<T>(v + at, width - c);
+                    store<T>(y + at, advance<plain, T>(key, value, of, sums).y, width - c);
+                }
+            };
+            plain[c / kLanes<T>] ? walk(std::true_type{}) : walk(std::false_type{});
             store_sums<T>(end, c, sums, width - c);
         }
     }
@@ -135,7 +171,10 @@ struct Gathered {
 // A tile's tokens of one vector of channels, as forward computed them.
 template <class T>
 struct Recomputed {
-    Vec<T> y, from_state, from_key, fade, gain, num, den, fresh;
+    Vec<T> y, fade, gain, num, den;
+    Vec<T> pull;                 // grad_y / total
+    Vec<T> from_state, from_key; // if they are not made of fade and gain
+    Vec<T> lead;                 // if states have gradients
 };
 
 template <class IO, class T>
@@ -145,6 +184,8 @@ void backward_block(
     StatePointers<const T> begin, StatePointers<const T> end, StatePointers<const T> grad_end,
     StatePointers<T> grad_begin) {
     const Vec<T> zero = {}, half = splat<T>(T(0.5)), one = splat<T>(T(1));
+    // Nothing came in and nothing is asked of what goes out: the maximum has no gradient then.
+    bool stateless[kWidth / kLanes<T>], plain[kWidth / kLanes<T>];
     for (int64_t c = 0; c < width; c += kLanes<T>) {
         Gathered<T> grad = {};
         grad.num = load<T>(grad_end.num + c, width - c);
@@ -156,6 +197,9 @@ void backward_block(
         average = den == zero ? zero : average;
         grad.first = grad.num * average + grad.den;
         averages[c / kLanes<T>] = average;
+        stateless[c / kLanes<T>] =
+            holds<T>((den == zero) & (grad.num == zero) & (grad.den == zero) & (grad.top == zero));
+        plain[c / kLanes<T>] = Parameters<T>(log_w + c, u + c, width - c).plain();
         gathered[c / kLanes<T>] = grad;
     }
     Recomputed<T> tile[kEvery];
@@ -163,47 +207,68 @@ void backward_block(
         const int64_t length = std::min(kEvery, span.count - start), ahead = start ? -kEvery * C : 0;
         for (int64_t c = 0; c < width; c += kLanes<T>) {
             Sums<T> sums = load_sums<T>(slot_of(kept, start / kEvery, C), c, width - c);
-            Vec<T> w = load<T>(log_w + c, width - c), bonus = load<T>(u + c, width - c);
-            for (int64_t t = 0; t < length; ++t) {
-                const int64_t at = (span.begin + start + t) * C + c;
-                __builtin_prefetch(k + at + ahead, 0, 2);
-                __builtin_prefetch(v + at + ahead, 0, 2);
-                Recomputed<T>& kept_token = tile[t];
-                kept_token.num = sums.num;
-                kept_token.den = sums.den;
-                Token<T> token = advance<T>(load<T>(k + at, width - c), load<T>(v + at, width - c), w, bonus, sums);
-                Vec<T> inverse = T(1) / token.total;
-                kept_token.y = token.y;
-                kept_token.from_state = token.from_state * inverse;
-                kept_token.from_key = token.from_key * inverse;
-                kept_token.fade = token.fade;
-                kept_token.gain = token.gain;
-                // A tie is shared, as torch.maximum shares it.
-                kept_token.fresh = token.lead > zero ? one : token.lead < zero ? zero : half;
-            }
+            const Parameters<T> of(log_w + c, u + c, width - c);
             Gathered<T> grad = gathered[c / kLanes<T>];
             const Vec<T> average = averages[c / kLanes<T>];
-            for (int64_t t = length - 1; t >= 0; --t) {
-                const int64_t at = (span.begin + start + t) * C + c;
-                __builtin_prefetch(grad_y + at + ahead, 0, 2);
-                __builtin_prefetch(grad_k + at + ahead, 1, 2);
-                __builtin_prefetch(grad_v + at + ahead, 1, 2);
-                const Recomputed<T>& token = tile[t];
-                Vec<T> value = load<T>(v + at, width - c), g = load<T>(grad_y + at, width - c);
-                Vec<T> pull = token.from_key * g;    // to this token's value
-                Vec<T> rest = token.from_state * g;  // to the sums before it
-                Vec<T> bonus_grad = pull * (value - token.y);
-                Vec<T> taken = token.fresh * grad.top;  // the maximum was this key, or what the key before left of it
-                Vec<T> d_key = bonus_grad + token.gain * (value * grad.num + grad.den) + taken;
-                store<T>(grad_k + at, d_key, width - c);
-                store<T>(grad_v + at, pull + token.gain * grad.num, width - c);
-                grad.top -= taken;
-                grad.u += bonus_grad;
-                grad.log_w += token.fade * (token.num * grad.num + token.den * grad.den) + grad.top;
-                grad.num = rest + token.fade * grad.num;
-                grad.den = token.fade * grad.den - rest * token.y;
-                grad.first = rest * (average - token.y) + token.fade * grad.first;
-            }
+            auto walk = [&](auto is_plain, auto has_states) {
+                for (int64_t t = 0; t < length; ++t) {
+                    const int64_t at = (span.begin + start + t) * C + c;
+                    __builtin_prefetch(k + at + ahead, 0, 2);
+                    __builtin_prefetch(v + at + ahead, 0, 2);
+                    __builtin_prefetch(grad_y + at + ahead, 0, 2);
+                    Recomputed<T>& kept_token = tile[t];
+                    kept_token.num = sums.num;
+                    kept_token.den = sums.den;
+                    const Vec<T> key = load<T>(k + at, width - c), value = load<T>(v + at, width - c);
+                    const Token<T> token = advance<is_plain, T>(key, value, of, sums);
+                    kept_token.y = token.y;
+                    kept_token.fade = token.fade;
+                    kept_token.gain = token.gain;
+                    kept_token.pull = load<T>(grad_y + at, width - c) * token.inverse;
+                    if constexpr (!is_plain) {
+                        kept_token.from_state = token.from_state;
+                        kept_token.from_key = token.from_key;
+                    }
+                    if constexpr (has_states) kept_token.lead = token.lead;
+                }
+                for (int64_t t = length - 1; t >= 0; --t) {
+                    const int64_t at = (span.begin + start + t) * C + c;
+                    __builtin_prefetch(grad_k + at + ahead, 1, 2);
+                    __builtin_prefetch(grad_v + at + ahead, 1, 2);
+                    const Recomputed<T>& token = tile[t];
+                    const Vec<T> value = load<T>(v + at, width - c), y = token.y, fade = token.fade, gain = token.gain;
+                    Vec<T> pull, rest;  // to this token's value, and to the sums before it
+                    if constexpr (is_plain) {
+                        pull = gain * of.own * token.pull;
+                        rest = fade * token.pull;
+                    } else {
+                        pull = token.from_key * token.pull;
+                        rest = token.from_state * token.pull;
+                    }
+                    Vec<T> bonus_grad = pull * (value - y);
+                    Vec<T> d_key = bonus_grad + gain * (value * grad.num + grad.den);
+                    grad.log_w += fade * (token.num * grad.num + token.den * grad.den);
+                    if constexpr (has_states) {
+                        // The maximum was this key, or what the key before left of it; a tie is shared, as torch.maximum
+                        // shares it.
+                        Vec<T> fresh = token.lead > zero ? one : token.lead < zero ? zero : half;
+                        Vec<T> taken = fresh * grad.top;
+                        d_key += taken;
+                        grad.top -= taken;
+                        grad.log_w += grad.top;
+                        grad.first = rest * (average - y) + fade * grad.first;
+                    }
+                    store<T>(grad_k + at, d_key, width - c);
+                    store<T>(grad_v + at, pull + gain * grad.num, width - c);
+                    grad.u += bonus_grad;
+                    grad.num = rest + fade * grad.num;
+                    grad.den = fade * grad.den - rest * y;
+                }
+            };
+            auto choose = [&](auto is_plain) {
+                stateless[c / kLanes<T>] ? walk(is_plain, std::false_type{}) : walk(is_plain, std::true_type{});
+            };
+            plain[c / kLanes<T>] ? choose(std::true_type{}) : choose(std::false_type{});
             gathered[c / kLanes<T>] = grad;
         }
     }

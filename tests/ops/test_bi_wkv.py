@@ -386,3 +386,22 @@ def test_messages() -> None:
         bi_wkv(k, k, log_w, u, backend="cuda")
     with pytest.raises(TypeError, match="cu_seqlens"):
         bi_wkv(k, k, log_w, u, cu_seqlens=torch.tensor([0, 3]))  # type: ignore[call-arg]
+
+
+def test_steps_beyond_sixteen_bits() -> None:
+    """The compiled form keeps steps in 16 bits up to 65,535 tokens, and in whole numbers of the sums' dtype beyond."""
+    time = 66_000
+    generator = torch.Generator().manual_seed(5)
+    k, v = torch.randn(2, 1, time, 2, generator=generator, dtype=torch.float64)
+    k[:, 0, 0] = k[:, -1, 1] = 12.0  # the largest term of all the others, as far away as can be
+    log_w, u = torch.tensor([-1e-4, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    inputs = [k, v, log_w, u]
+    hold(outcome(inputs, backend="native"), outcome(inputs, backend="torch"), 1e-11, 1e-11)
+
+
+def test_y_changed_in_place_is_told() -> None:
+    k, v = torch.randn(2, 1, 5, 3).requires_grad_()
+    y = bi_wkv(k, v, torch.zeros(3), torch.zeros(3), backend="native")
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()

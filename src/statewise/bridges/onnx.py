@@ -148,9 +148,11 @@ def _bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
     return (num / (before * left[1] + after * right[1] + own)).to(v.dtype)
 
 
-def _bi_wkv_rows(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _bi_wkv_rows(
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     y = _bi_wkv(_rows(k, spans), _rows(v, spans), log_w, u)
-    return y.flatten(0, 1), _unused(log_w)
+    return y.flatten(0, 1), _unused(log_w), _unused(log_w).to(torch.int16)
 
 
 def _wkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops.memory import empty
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = [
     "Library",
@@ -184,46 +184,37 @@ class _Compiled(NamedTuple):
     kept: Callable[[int, Sequence[Tensor]], tuple[int, ...]] | None
     every: int
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
         """Every sequence has the slots it needs, and some have one more."""
         if self.kept is None:
             return (0,)
-        return self.kept(inputs[self.model].shape[0] // self.every + where[0].shape[0], leaves)
+        return self.kept(call.inputs[self.model].shape[0] // self.every + call.where[0].shape[0], call.leaves)
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        model, spans = inputs[self.model], where[0]
+    def forward(self, call: Call, keep: bool) -> Results:
+        (model, spans, known), leaves = self._known(call), call.leaves
         rows = spans.shape[0]
         y = blank_like(model, covers(spans, model.shape[0]))
         ends = [torch.empty_like(leaf) for leaf in leaves]
-        states = empty(self.kept_shape(inputs, leaves, where, options) if keep else (0,), leaves[0].dtype)
+        states = empty(self.kept_shape(call) if keep else (0,), leaves[0].dtype)
         if states.numel():  # what an operator returns is never left to chance
             count, bytes_each = states.shape[0], states.nbytes // states.shape[0]
             call_kernel("clear_unused_slots", model.dtype, spans, rows, self.every, states, count, bytes_each)
-        known = (*inputs, *parameters, spans, rows, *self.sizes(inputs, parameters, leaves))
         keeping = states if states.numel() else None
         call_kernel(f"{self.function}_forward", model.dtype, *known, *leaves, y, *ends, keeping)
         return y, ends, states
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
-        model, spans = inputs[self.model], where[0]
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
+        (model, spans, known), leaves = self._known(call), call.leaves
         rows, whole = spans.shape[0], covers(spans, model.shape[0])
-        d_inputs = [None if x is None else blank_like(x, whole) for x in inputs]
-        d_parameters = [None if p is None else p.new_empty(rows, *p.shape) for p in parameters]
+        d_inputs = [None if x is None else blank_like(x, whole) for x in call.inputs]
+        d_parameters = [None if p is None else p.new_empty(rows, *p.shape) for p in call.parameters]
         d_leaves = [torch.empty_like(leaf) for leaf in leaves]
-        known = (*inputs, *parameters, spans, rows, *self.sizes(inputs, parameters, leaves))
         given = (*known, *leaves, *ends, kept, grad_y, *grad_ends)
         call_kernel(f"{self.function}_backward", model.dtype, *given, *d_inputs, *d_parameters, *d_leaves)
         return d_inputs, [None if d is None else d.sum(0) for d in d_parameters], d_leaves
+
+    def _known(self, call: Call) -> tuple[Tensor, Tensor, Sequence[Argument]]:
+        """What y looks like, the spans, and what both functions are told first."""
+        inputs, parameters, leaves, (spans,), _ = call
+        known = (*inputs, *parameters, spans, spans.shape[0], *self.sizes(inputs, parameters, leaves))
+        return inputs[self.model], spans, known

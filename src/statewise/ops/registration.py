@@ -7,43 +7,54 @@ keeps for backward exists only if something will be differentiated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Pair", "Some", "register_pair"]
+__all__ = ["Call", "Gradients", "Pair", "Results", "Some", "register_pair"]
 
 #: Tensors, and ``None`` for those that are optional and absent.
 Some = Sequence[Any]
 
+#: y, the state leaves after the last token, and what is kept for backward.
+Results = tuple[Tensor, Sequence[Tensor], Tensor]
+
+#: Of inputs, parameters and first state; anything for those that are absent.
+Gradients = tuple[Some, Some, Some]
+
+
+class Call(NamedTuple):
+    """What an operator was called with, each in the order of its declarations; all tensors are contiguous.
+
+    Attributes:
+        inputs: tensors with a time axis.
+        parameters: tensors without one.
+        leaves: of the first state.
+        where: sequences lie.
+        options: how to compute.
+    """
+
+    inputs: Some
+    parameters: Some
+    leaves: Some
+    where: Some
+    options: Some
+
 
 class Pair(Protocol):
-    """The two kernels of an operator. ``where`` says where sequences lie, ``options`` how to compute, each in the order
-    of its declarations; all tensors are contiguous."""
+    """The two kernels of an operator."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
         """Of what forward keeps for backward, in the dtype of the state; ``(0,)`` if that is nothing."""
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        """y, the state leaves after the last token, and what is kept (empty unless ``keep``)."""
+    def forward(self, call: Call, keep: bool) -> Results:
+        """Nothing is kept (an empty tensor) unless ``keep``."""
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
-        """Gradients of inputs, parameters and first state; anything for those that are absent."""
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
+        """From the last state and what was kept, and the cotangents of y and of the last state."""
 
 
 def register_pair(
@@ -86,12 +97,10 @@ def register_pair(
     def declare(some: Sequence[str]) -> str:
         return ", ".join(f"Tensor{'?' if name in optional else ''} {name}" for name in some)
 
-    def sort(tensors: Some) -> tuple[list[Any], list[Any], list[Any]]:
-        return (
-            list(tensors[:n_time]),
-            list(tensors[n_time : n_time + n_shared]),
-            list(tensors[n_time + n_shared : n_names]),
-        )
+    cuts = [*itertools.accumulate((0, n_time, n_shared, n_state, n_where, len(options)))]
+
+    def sort(arguments: Some) -> Call:
+        return Call(*[arguments[start:stop] for start, stop in itertools.pairwise(cuts)])
 
     def contiguous(tensors: Some) -> list[Any]:
         return [x.contiguous() if isinstance(x, Tensor) else x for x in tensors]
@@ -100,9 +109,7 @@ def register_pair(
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def kept_shape(arguments: Some, keep: bool) -> tuple[int, ...]:
-        inputs, _, leaves = sort(arguments)
-        after = arguments[n_names:]
-        return pair.kept_shape(inputs, leaves, after[:n_where], after[n_where:]) if keep else (0,)
+        return pair.kept_shape(sort(arguments)) if keep else (0,)
 
     said = ", ".join([*where, *options])
 
@@ -114,8 +121,7 @@ def register_pair(
     )
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *given, keep = contiguous(arguments)
-        after = given[n_names:]
-        y, ends, kept = pair.forward(*sort(given), after[:n_where], after[n_where:], keep)
+        y, ends, kept = pair.forward(sort(given), keep)
         return (y, *ends, kept)
 
     @forward.register_fake
@@ -136,17 +142,8 @@ def register_pair(
     )
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         given = contiguous(arguments)
-        after = given[n_names:]
-        rest = after[n_where + len(options) :]
-        found = pair.backward(
-            *sort(given),
-            after[:n_where],
-            after[n_where : n_where + len(options)],
-            rest[:n_state],
-            rest[n_state],
-            rest[n_state + 1],
-            rest[n_state + 2 :],
-        )
+        rest = given[cuts[-1] :]
+        found = pair.backward(sort(given), rest[:n_state], rest[n_state], rest[n_state + 1], rest[n_state + 2 :])
         # An operator cannot return None: an empty tensor, each its own, stands for it.
         blank = given[n_names - 1]
         flat = [d for group in found for d in group]

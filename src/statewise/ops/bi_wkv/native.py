@@ -13,73 +13,97 @@ from statewise.ops.memory import empty
 __all__ = ["bi_wkv"]
 
 
+_MOST_STEPS = (1 << 16) - 1  # that are kept as 16 bits
+
+
 @torch.library.custom_op(
     "statewise::bi_wkv_native",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, bool keep) -> (Tensor, Tensor)",
+    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, SymInt time, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-def _forward(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     k, v, log_w, u, spans = (given.contiguous() for given in (k, v, log_w, u, spans))
     whole = covers(spans, v.shape[0])
     y = blank_like(v, whole)
-    kept = empty(_kept_shape(v, keep), log_w.dtype)
-    if keep and not whole:
-        kept.zero_()  # nothing returned is left to chance
-    sizes = (spans.shape[0], v.shape[1], v.shape[0])
-    call_kernel("bi_wkv_forward", v.dtype, k, v, log_w, u, spans, *sizes, y, kept if keep else None)
-    return y, kept
+    kept, steps = (empty(shape, dtype) for shape, dtype in _kept(v, log_w, time, keep))
+    if keep and not whole:  # nothing returned is left to chance
+        kept.zero_()
+        steps.zero_()
+    sizes = (spans.shape[0], v.shape[1], v.shape[0], int(steps.dtype == torch.int16))
+    keeping = (kept, steps) if keep else (None, None)
+    call_kernel("bi_wkv_forward", v.dtype, k, v, log_w, u, spans, *sizes, y, *keeping)
+    return y, kept, steps
 
 
-def _kept_shape(v: Tensor, keep: bool) -> tuple[int, ...]:
-    """Average, one over the denominator, and largest exponent (a key and how many steps it faded) of every token."""
-    return (4, *v.shape) if keep else (0,)
+def _kept(v: Tensor, log_w: Tensor, time: int, keep: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of every token, one over the denominator and the key of the largest exponent, and the average if y is not of its
+    dtype; then how many steps that key has faded."""
+    if not keep:
+        return [((0,), log_w.dtype), ((0,), torch.int16)]
+    planes = 2 if v.dtype == log_w.dtype else 3
+    return [((planes, *v.shape), log_w.dtype), (tuple(v.shape), torch.int16 if time <= _MOST_STEPS else log_w.dtype)]
 
 
 @_forward.register_fake
-def _(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v, memory_format=torch.contiguous_format), log_w.new_empty(_kept_shape(v, keep))
+def _(
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept, steps = (log_w.new_empty(shape, dtype=dtype) for shape, dtype in _kept(v, log_w, time, keep))
+    return torch.empty_like(v, memory_format=torch.contiguous_format), kept, steps
 
 
 @torch.library.custom_op(
     "statewise::bi_wkv_native_backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, Tensor kept, Tensor grad_y)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, Tensor? y, Tensor kept, Tensor steps,"
+    " Tensor grad_y) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, kept: Tensor, grad_y: Tensor
+    k: Tensor,
+    v: Tensor,
+    log_w: Tensor,
+    u: Tensor,
+    spans: Tensor,
+    y: Tensor | None,
+    kept: Tensor,
+    steps: Tensor,
+    grad_y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, v, log_w, u, spans, kept, grad_y = (x.contiguous() for x in (k, v, log_w, u, spans, kept, grad_y))
+    k, v, log_w, u, spans, kept, steps, grad_y = (x.contiguous() for x in (k, v, log_w, u, spans, kept, steps, grad_y))
+    y = None if y is None else y.contiguous()
     whole = covers(spans, v.shape[0])
     d_k, d_v = blank_like(k, whole), blank_like(v, whole)
     d_log_w, d_u = (x.new_empty(spans.shape[0], *x.shape) for x in (log_w, u))
-    sizes = (spans.shape[0], v.shape[1], v.shape[0])
-    call_kernel("bi_wkv_backward", v.dtype, k, v, log_w, u, spans, *sizes, kept, grad_y, d_k, d_v, d_log_w, d_u)
+    sizes = (spans.shape[0], v.shape[1], v.shape[0], int(steps.dtype == torch.int16))
+    known = (k, v, log_w, u, spans, *sizes, y, kept, steps, grad_y)
+    call_kernel("bi_wkv_backward", v.dtype, *known, d_k, d_v, d_log_w, d_u)
     return d_k, d_v, d_log_w.sum(0), d_u.sum(0)
 
 
 @_backward.register_fake
-def _(
-    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, kept: Tensor, grad_y: Tensor
-) -> tuple[Tensor, ...]:
+def _(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, log_w, u))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, keep = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _, keep = inputs
     if not keep:
         raise RuntimeError("bi_wkv_native: called without `keep`, it cannot be differentiated")
-    ctx.mark_non_differentiable(output[1])
+    y, kept, steps = output
+    ctx.mark_non_differentiable(kept, steps)
     ctx.set_materialize_grads(False)  # no zeros for what is kept
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, y if y.dtype == kept.dtype else None, kept, steps)
 
 
-def _differentiate(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 6
-    return (*_backward(*ctx.saved_tensors, grad_y), None, None)
+        return (None,) * 7
+    return (*_backward(*ctx.saved_tensors, grad_y), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -88,6 +112,6 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor) -> Tensor:
     """Sequences ``spans`` of the rows of k, v ``(B, T, C)``, of one dtype; log_w and u of that of sums."""
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, log_w, u))
-    y, _ = _forward(k.flatten(0, 1), v.flatten(0, 1), log_w, u, spans, keep)
+    y, *_ = _forward(k.flatten(0, 1), v.flatten(0, 1), log_w, u, spans, k.shape[1], keep)
     found: Tensor = y.view(v.shape)
     return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = ["bi_wkv"]
 
@@ -57,16 +56,14 @@ class _Kernels:
     """k and v; log_w and u; no state. Kept: what stands around each block, if there are several, then the first
     average of each row."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
-        shape = _Shape(inputs[0], where, True)
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
+        shape = _Shape(call.inputs[0], call.where, True)
         return (shape.edges + shape.rows, shape.C)
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def forward(self, call: Call, keep: bool) -> Results:
         from statewise.ops.bi_wkv import triton_kernels as kernels
 
-        (k, v), (log_w, u) = inputs, parameters
+        (k, v), (log_w, u), _, where, _ = call
         shape = _Shape(k, where, True)
         # Blocks and rows without tokens write nothing.
         make = log_w.new_empty if where[0] is None else log_w.new_zeros
@@ -78,21 +75,10 @@ class _Kernels:
         shape.launch(kernels.forward, *given, WHOLE=shape.whole, KEEP=keep)
         return y, [], kept if keep else log_w.new_empty(0)
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         from statewise.ops.bi_wkv import triton_kernels as kernels
 
-        (k, v), (log_w, u) = inputs, parameters
+        (k, v), (log_w, u), _, where, _ = call
         shape = _Shape(k, where, False)
         d_k, d_v = gpu.new(k, where), gpu.new(v, where)
         d_log_w, d_u = log_w.new_empty(shape.slots, shape.C), u.new_empty(shape.slots, shape.C)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = ["causal_conv1d"]
 
@@ -24,34 +24,21 @@ _CHOICES = {
 class _Kernels:
     """x; weight and bias; the window. Options: whether through SiLU."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
         return (0,)
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def forward(self, call: Call, keep: bool) -> Results:
         from statewise.ops.causal_conv1d import triton_kernels as kernels
 
-        (x,), (weight, bias), (window,) = inputs, parameters, leaves
+        (x,), (weight, bias), (window,), where, options = call
         y, end = gpu.new(x, where), torch.empty_like(window)
         self._run(kernels.forward, (x, weight, bias, window, y, end), where, options)
         return y, [end], window.new_empty(0)
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         from statewise.ops.causal_conv1d import triton_kernels as kernels
 
-        (x,), (weight, bias), (window,) = inputs, parameters, leaves
+        (x,), (weight, bias), (window,), where, options = call
         slots = gpu.place(x, where, _CHUNK).slots
         d_x, d_window = gpu.new(x, where), torch.empty_like(window)
         d_weight = weight.new_empty(slots, *weight.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = ["MOST_NUMBERS", "selective_scan"]
 
@@ -62,34 +62,30 @@ class _Sizes(NamedTuple):
         return CB, max(CB // 32, self.NB * CB // 512)
 
 
-def _sizes(inputs: Some, state: Tensor, where: Some) -> _Sizes:
-    x, _, B, _, _ = inputs
+def _sizes(call: Call) -> _Sizes:
+    x, _, B, _, _ = call.inputs
     G, N = B.shape[2:]
     C = x.shape[-1]
     split = x.shape[0] * C < _FEW and x.shape[1] > _SEGMENT
-    return _Sizes(C, C // G, G, N, _power(N), split, gpu.place(x, where, _SEGMENT))
+    return _Sizes(C, C // G, G, N, _power(N), split, gpu.place(x, call.where, _SEGMENT))
 
 
 class _Kernels:
     """x, dt, B, C, z; A, D, dt_bias; the state. Options: whether dt goes through softplus."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
-        x, (state,) = inputs[0], leaves
-        return gpu.place(x, where, _KEEP).slots, state.shape[2], state.shape[1]
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
+        x, (state,) = call.inputs[0], call.leaves
+        return gpu.place(x, call.where, _KEEP).slots, state.shape[2], state.shape[1]
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def forward(self, call: Call, keep: bool) -> Results:
         from statewise.ops.selective_scan import triton_kernels as kernels
 
-        inputs = _widened(inputs, leaves[0])
-        x, dt, B, C, z = inputs
-        A, D, bias = parameters
-        (state,) = leaves
-        size = _sizes(inputs, state, where)
+        call = _widened(call)
+        (x, dt, B, C, z), (A, D, bias), (state,), where, options = call
+        size = _sizes(call)
         y, end = gpu.new(x, where), torch.empty_like(state)
-        kept = state.new_empty(self.kept_shape(inputs, leaves, where, options) if keep else (0,))
-        begin = self._starts(size, inputs, parameters, None, state, end, options) if size.split else state
+        kept = state.new_empty(self.kept_shape(call) if keep else (0,))
+        begin = self._starts(size, call, None, state, end) if size.split else state
         tensors = (x, dt, B, C, z, A, D, bias, begin, y, end, kept)
         constants = _has(z, D, bias) | {"KEEP": keep, "SPLIT": size.split, "SOFTPLUS": options[0]}
 
@@ -104,32 +100,18 @@ class _Kernels:
         run(gpu.tune(_key("forward", size, x, constants), x.device, size.widths(), run))
         return y, [end], kept
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         from statewise.ops.selective_scan import triton_kernels as kernels
 
-        narrow = inputs[2], inputs[3]
-        inputs = _widened(inputs, leaves[0])
-        x, dt, B, C, z = inputs
-        A, D, bias = parameters
-        (state,), (grad_end,) = leaves, grad_ends
-        size = _sizes(inputs, state, where)
+        narrow, call = call.inputs[2:4], _widened(call)
+        (x, dt, B, C, z), (A, D, bias), (state,), where, options = call
+        (grad_end,), size = grad_ends, _sizes(call)
         CB, warps = size.width_back()
         tiles, tokens = size.tiles(CB), x.shape[0] * x.shape[1]
         d_state = torch.empty_like(state)
         last = grad_end
         if size.split:
-            last = self._starts(size, inputs, parameters, grad_y, grad_end, d_state, options)
+            last = self._starts(size, call, grad_y, grad_end, d_state)
         programs = size.slots * tiles
         d_x, d_dt, d_z = gpu.new(x, where), gpu.new(dt, where), None if z is None else gpu.new(z, where)
         d_B, d_C = (gpu.new(state, where, (tiles // size.G, *B.shape)) for _ in range(2))
@@ -149,23 +131,13 @@ class _Kernels:
         shared = [parts.sum(0).to(given.dtype) for parts, given in zip((d_B, d_C), narrow, strict=True)]
         return [d_x, d_dt, *shared, d_z], summed, [d_state]
 
-    def _starts(
-        self,
-        size: _Sizes,
-        inputs: Some,
-        parameters: Some,
-        grad_y: Tensor | None,
-        begin: Tensor,
-        last: Tensor,
-        options: Some,
-    ) -> Tensor:
+    def _starts(self, size: _Sizes, call: Call, grad_y: Tensor | None, begin: Tensor, last: Tensor) -> Tensor:
         """What every segment starts from, (slots, N, C); with ``grad_y`` the gradients that reach their ends.
 
         ``last`` is filled with what is left after all of them."""
         from statewise.ops.selective_scan import triton_kernels as kernels
 
-        x, dt, B, C, z = inputs
-        A, _, bias = parameters
+        (x, dt, B, C, z), (A, _, bias), _, _, options = call
         back = grad_y is not None
         ends, total = begin.new_empty(size.slots, size.N, size.C), begin.new_empty(size.slots, size.C)
         at = size.segments.arguments
@@ -189,10 +161,10 @@ class _Kernels:
         return ends
 
 
-def _widened(inputs: Some, state: Tensor) -> Some:
+def _widened(call: Call) -> Call:
     """B and C in the dtype of sums: far smaller than x, but every thread would convert all of a token's numbers."""
-    x, dt, B, C, z = inputs
-    return x, dt, B.to(state.dtype), C.to(state.dtype), z
+    (x, dt, B, C, z), (state,) = call.inputs, call.leaves
+    return call._replace(inputs=(x, dt, B.to(state.dtype), C.to(state.dtype), z))
 
 
 def _has(z: Tensor | None, D: Tensor | None, bias: Tensor | None) -> dict[str, bool]:

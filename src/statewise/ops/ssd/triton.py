@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = ["MOST_STATES", "ssd"]
 
@@ -38,20 +38,18 @@ def _precision(inputs: Some, precise: bool, sums: torch.dtype) -> str:
     return gpu.dot_precision(torch.float32 if wide else x.dtype, precise)
 
 
-class _Call:
+class _Plan:
     """What the launches of one call have in common."""
 
-    def __init__(self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some) -> None:
+    def __init__(self, call: Call) -> None:
         from statewise.ops.ssd import triton_kernels
 
         self.kernels: Any = triton_kernels
-        x, dt, B, C, z = inputs
-        A, D = parameters
-        (state,) = leaves
+        (x, dt, B, C, z), (A, D), (state,), where, options = call
         self.x, self.dt, self.B, self.C, self.z, self.A, self.D, self.begin = x, dt, B, C, z, A, D, state
         self.H, self.P, self.N = state.shape[1:]
         self.groups, self.tokens = B.shape[2], x.shape[0] * x.shape[1]
-        precision = _precision(inputs, options[0], state.dtype)
+        precision = _precision(call.inputs, options[0], state.dtype)
         half = precision.startswith("bf16")
         # Of what is only ever multiplied.
         self.factor = torch.bfloat16 if half else state.dtype
@@ -115,32 +113,19 @@ class _Call:
 class _Kernels:
     """x, dt, B, C, z; A and D; the state. Options: whether products of half inputs are precise."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
         return (0,)
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        one = _Call(inputs, parameters, leaves, where, options)
+    def forward(self, call: Call, keep: bool) -> Results:
+        one, where = _Plan(call), call.where
         y, end = gpu.new(one.x, where), torch.empty_like(one.begin)
         start = one.starts(one.begin, one.x, None, one.B, reverse=False)
         given = (one.x, one.B, one.C, one.D, one.z, one.sums, start, y, end)
         one.walk(one.kernels.emit, "emit", *given, *[None] * 6, one.chunks.slots)
         return y, [end], one.begin.new_empty(0)
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
-        one = _Call(inputs, parameters, leaves, where, options)
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
+        one, where = _Plan(call), call.where
         x, B, C, D, z, begin, slots = one.x, one.B, one.C, one.D, one.z, one.begin, one.chunks.slots
         states, cotangents = (begin.new_empty(slots, *begin.shape[1:], dtype=one.factor) for _ in range(2))
         parts = begin.new_empty(one.blocks, 2, slots, one.H, one.chunk)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 from statewise.state import WKV4State
 
 __all__ = ["wkv4"]
@@ -57,16 +56,14 @@ class _Shape:
 class _Kernels:
     """k and v; log_w and u; num, den and max. Kept: the sum before every block."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
-        batch, time, C = inputs[0].shape
-        return (gpu.slot_count(batch, time, where[1], _block()), _BEFORE, C)
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
+        batch, time, C = call.inputs[0].shape
+        return (gpu.slot_count(batch, time, call.where[1], _block()), _BEFORE, C)
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def forward(self, call: Call, keep: bool) -> Results:
         from statewise.ops.wkv4 import triton_kernels as kernels
 
-        (k, v), (log_w, u) = inputs, parameters
+        (k, v), (log_w, u), leaves, where, _ = call
         shape = _Shape(k, where, _FORWARD)
         y, ends = gpu.new(v, where), [torch.empty_like(leaf) for leaf in leaves]
         starts = leaves[0].new_empty((shape.at.slots, _BEFORE, shape.C) if keep or not shape.serial else 0)
@@ -79,21 +76,10 @@ class _Kernels:
         shape.launch(kernels.forward, *given, programs=programs, SERIAL=shape.serial, KEEP=keep)
         return y, ends, starts if keep else leaves[0].new_empty(0)
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         from statewise.ops.wkv4 import triton_kernels as kernels
 
-        (k, v), (log_w, u) = inputs, parameters
+        (k, v), (log_w, u), leaves, where, _ = call
         shape = _Shape(k, where, _BACKWARD)
         d_k, d_v = gpu.new(k, where), gpu.new(v, where)
         d_first = [torch.empty_like(leaf) for leaf in leaves]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = ["wkv6"]
 
@@ -25,39 +25,26 @@ _WARPS = {"summaries": 4, "emit": 4, "backward": 8}
 class _Kernels:
     """r, log_w, k, v; the constant decay and u; S. Of the two decays one is absent. Options: whether precisely."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
-        r = inputs[0]
-        return (gpu.slot_count(r.shape[0], r.shape[1], where[1], _CHUNK), *leaves[0].shape[1:])
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
+        r = call.inputs[0]
+        return (gpu.slot_count(r.shape[0], r.shape[1], call.where[1], _CHUNK), *call.leaves[0].shape[1:])
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def forward(self, call: Call, keep: bool) -> Results:
         from statewise.ops.wkv6 import triton_kernels as kernels
 
-        (r, log_w, k, v), (constant, u), (begin,) = inputs, parameters, leaves
-        plan = _Plan(inputs, begin, where, options)
+        (r, log_w, k, v), (constant, u), (begin,), where, _ = call
+        plan = _Plan(call)
         decay = constant if log_w is None else log_w
         starts, end = plan.states(kernels, (k, v, decay), begin, reverse=False)
         y = plan.partial(v, where, plan.tiles_k)
         plan.run(kernels.emit, plan.steps, (r, decay, k, v, u, starts, y))
         return _whole(y, v), [end], starts if keep else begin.new_empty(0)
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         from statewise.ops.wkv6 import triton_kernels as kernels
 
-        (r, log_w, k, v), (constant, u), (begin,) = inputs, parameters, leaves
-        plan = _Plan(inputs, begin, where, options)
+        (r, log_w, k, v), (constant, u), (begin,), where, _ = call
+        plan = _Plan(call)
         decay = constant if log_w is None else log_w
         pulls, d_begin = plan.states(kernels, (r, grad_y, decay), grad_ends[0], reverse=True)
         d_r, d_k = (plan.partial(x, where, plan.tiles_v) for x in (r, k))
@@ -74,8 +61,8 @@ class _Kernels:
 class _Plan:
     """How a call is cut into programs."""
 
-    def __init__(self, inputs: Some, state: Tensor, where: Some, options: Some) -> None:
-        r, log_w, k, v = inputs
+    def __init__(self, call: Call) -> None:
+        (r, log_w, k, v), _, (state,), where, options = call
         self.tokens = r.shape[0] * r.shape[1]
         self.H, self.K, self.V = state.shape[1:]
         self.at = gpu.place(r, where, _CHUNK)

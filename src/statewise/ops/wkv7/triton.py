@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
-from statewise.ops.registration import Some, register_pair
+from statewise.ops.registration import Call, Gradients, Results, Some, register_pair
 
 __all__ = ["MOST", "wkv7"]
 
@@ -43,9 +43,8 @@ class _Plan(NamedTuple):
         return {"L": self.L, "KP": self.KP, "VP": self.VP, "PRECISION": self.precision}
 
 
-def _plan(inputs: Some, leaves: Some, options: Some) -> _Plan:
-    r, _, k, v, a, b = inputs
-    (state,) = leaves
+def _plan(call: Call) -> _Plan:
+    (r, _, k, v, a, b), _, (state,), _, options = call
     H, K, V = state.shape[1:]
     KP, VP = (max(16, 1 << (n - 1).bit_length()) for n in (K, V))
     half = all(x.dtype in (torch.bfloat16, torch.float16) for x in (r, k, v, a, b))
@@ -91,19 +90,17 @@ def _views(plan: _Plan, slots: int, kept: Tensor) -> list[Tensor]:
 class _Kernels:
     """r, log_w, k, v, a, b; the state. Options: whether half inputs are multiplied in TF32."""
 
-    def kept_shape(self, inputs: Some, leaves: Some, where: Some, options: Some) -> tuple[int, ...]:
-        plan = _plan(inputs, leaves, options)
-        batch, time = inputs[3].shape[:2]
-        slots = gpu.slot_count(batch, time, where[1], plan.L)
-        return (_room(plan, slots, leaves[0].dtype),)
+    def kept_shape(self, call: Call) -> tuple[int, ...]:
+        plan = _plan(call)
+        batch, time = call.inputs[3].shape[:2]
+        slots = gpu.slot_count(batch, time, call.where[1], plan.L)
+        return (_room(plan, slots, call.leaves[0].dtype),)
 
-    def forward(
-        self, inputs: Some, parameters: Some, leaves: Some, where: Some, options: Some, keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def forward(self, call: Call, keep: bool) -> Results:
         from statewise.ops.wkv7 import triton_kernels as kernels
 
-        (state,), v = leaves, inputs[3]
-        plan = _plan(inputs, leaves, options)
+        inputs, _, (state,), where, _ = call
+        plan, v = _plan(call), inputs[3]
         at = gpu.place(v, where, plan.L)
         kept = state.new_empty(_room(plan, at.slots, state.dtype))
         read, move, states, inverse, decay = _views(plan, at.slots, kept)
@@ -128,22 +125,11 @@ class _Kernels:
         gpu.launch(kernels.emit, grid, *given, **plan.sizes, RAGGED=at.ragged)
         return y, [end], kept if keep else state.new_empty(0)
 
-    def backward(
-        self,
-        inputs: Some,
-        parameters: Some,
-        leaves: Some,
-        where: Some,
-        options: Some,
-        ends: Some,
-        kept: Tensor,
-        grad_y: Tensor,
-        grad_ends: Some,
-    ) -> tuple[Some, Some, Some]:
+    def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         from statewise.ops.wkv7 import triton_kernels as kernels
 
-        (state,), v = leaves, inputs[3]
-        plan = _plan(inputs, leaves, options)
+        inputs, _, (state,), where, _ = call
+        plan, v = _plan(call), inputs[3]
         at = gpu.place(v, where, plan.L)
         read, move, states, inverse, decay = _views(plan, at.slots, kept)
         add, grad_states, d_state = torch.empty_like(states), torch.empty_like(states), torch.empty_like(state)
