@@ -89,6 +89,13 @@ def tokens_of_A(inputs: dict[str, Tensor]) -> float:
     return float(torch.stack(torch.autograd.grad([y, state], each, pulls(y, state))).norm())
 
 
+@pytest.mark.parametrize("kind", ["random", "repeated"])
+def test_bfloat16_gradient_of_A_over_a_models_heads(kind: str) -> None:
+    """With as many heads as a model has, the gradient of A is as near as any other, beside its own size."""
+    ratio = ratios(draw((1, 70, 24, 16, 1, 24), torch.bfloat16, kind))["gradient of A"]
+    assert ratio <= 0.005, f"{ratio:.1e}"
+
+
 @pytest.mark.parametrize("sizes", SHAPES[:5], ids=str)
 @pytest.mark.parametrize("kind", ["random", "correlated", "repeated"])
 def test_bfloat16_is_near_the_truth(sizes: Sizes, kind: str) -> None:
