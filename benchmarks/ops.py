@@ -191,10 +191,10 @@ class _Contest:
 
     def __init__(self, run: Run, row: dict[str, Any], first: float, repeats: int, cap: float) -> None:
         self.run, self.row, self.first = run, row, first
-        # What lasts this long is timed well enough by a single run; its start-up was paid at shorter lengths.
-        self.rounds = 1 if first > cap / 12 else repeats
+        # The first run pays for imports and for memory asked of the system, so it counts only where it has to.
+        self.rounds = 1 if first > cap else min(repeats, 3) if first > cap / 12 else repeats
         self.forward: list[float] = []
-        self.both = [first] if self.rounds < repeats else []
+        self.both = [first] if first > cap else []
 
     def take(self, round_: int, inputs: Mapping[str, Tensor], cotangent: Tensor) -> None:
         if round_ >= self.rounds:
