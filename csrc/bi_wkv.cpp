@@ -31,18 +31,6 @@ constexpr int64_t kWidth = 64;    // channels of a task
 template <class T>
 constexpr T kNothing = T(std::is_same<T, float>::value ? -1e38 : -1e300);
 
-// Of two things of which b is e^{gap} of a: what each weighs relative to the larger one.
-template <class T>
-struct Weights {
-    Int<T> a_leads;
-    Vec<T> a, b;
-    STATEWISE_INLINE explicit Weights(Vec<T> gap) : a_leads(gap <= T(0)) {
-        Vec<T> lesser = exp<T>(a_leads ? gap : -gap), one = splat<T>(T(1));
-        a = a_leads ? one : lesser;
-        b = a_leads ? lesser : one;
-    }
-};
-
 template <class T>
 struct Sum {
     Vec<T> num, den, key, steps;

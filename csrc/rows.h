@@ -67,6 +67,13 @@ inline int64_t prefetch_step(int64_t start, int64_t count, int64_t every, int64_
     return start + every < count ? every * C : 0;
 }
 
+// Asks for `count` values to be brought into the second cache: rows of a head lie far apart, and no processor's
+// prefetcher follows them.
+template <class T>
+STATEWISE_INLINE void ask_for(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
 }  // namespace
 
 #define STATEWISE_EXPORT extern "C" __attribute__((visibility("default")))

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t kEvery = 8;           // tokens of a chunk, and between kept states
+constexpr int64_t kEvery = 16;          // tokens of a chunk, and between kept states
 constexpr int64_t kBlock = 256;         // channels of a task
 // Numbers of a state that fit in registers together, forward, and backward, where each needs three.
 constexpr int kPiece = STATEWISE_VECTOR_BYTES / 8, kBackPiece = kPiece / 2;
@@ -48,22 +48,6 @@ template <class IO, class T>
 STATEWISE_INLINE Vec<T> step_size(const Inputs<IO, T>& in, int64_t at, int64_t c, int64_t left, const Shape& shape) {
     Vec<T> dt = raw_step(in, at, c, left, shape);
     return shape.softplus ? softplus<T>(dt) : dt;
-}
-
-// (channels c .. c + width, N) of a matrix as (vectors, N, lanes), times a factor; lanes past the width are zero.
-template <class T>
-void into_lanes(const T* from, T* to, int64_t c, int64_t width, int64_t N, T factor = T(1)) {
-    constexpr int64_t lanes = kLanes<T>;
-    std::fill(to, to + round_up(width, lanes) * N, T(0));
-    for (int64_t i = 0; i < width; ++i)
-        for (int64_t n = 0; n < N; ++n) to[(i / lanes * N + n) * lanes + i % lanes] = from[(c + i) * N + n] * factor;
-}
-
-template <class T>
-void out_of_lanes(const T* from, T* to, int64_t c, int64_t width, int64_t N) {
-    constexpr int64_t lanes = kLanes<T>;
-    for (int64_t i = 0; i < width; ++i)
-        for (int64_t n = 0; n < N; ++n) to[(c + i) * N + n] = from[(i / lanes * N + n) * lanes + i % lanes];
 }
 
 template <class IO, class T>
@@ -119,8 +103,8 @@ void forward_block(
     constexpr int64_t lanes = kLanes<T>;
     const int64_t D = shape.D, N = shape.N, group = c / (D / shape.G);
     const int64_t dt_bytes = shape.wide ? sizeof(T) : sizeof(IO);
-    into_lanes<T>(in.A, work.A2, c, width, N, kLog2E<T>);
-    into_lanes<T>(begin, states, c, width, N);
+    into_lanes<T>(in.A + c * N, work.A2, width, N, N * lanes, lanes, kLog2E<T>);
+    into_lanes<T>(begin + c * N, states, width, N, N * lanes, lanes);
     for (int64_t start = 0; start < span.count; start += kEvery) {
         const int64_t length = std::min(kEvery, span.count - start), ahead = prefetch_step(start, span.count, kEvery, D);
         widen_rows<IO, T>(in.B, work.B, span, start, length, shape, group);
@@ -156,7 +140,7 @@ void forward_block(
             }
         }
     }
-    out_of_lanes<T>(states, end, c, width, N);
+    out_of_lanes<T>(states, end + c * N, width, N, N * lanes, lanes);
 }
 
 // Blocks of channels, none of which lies in two groups.
@@ -272,8 +256,8 @@ void backward_block(
     const int64_t D = shape.D, N = shape.N, group = c / (D / shape.G);
     const int64_t dt_bytes = shape.wide ? sizeof(T) : sizeof(IO);
     const Vec<T> zero = {};
-    into_lanes<T>(in.A, work.A2, c, width, N, kLog2E<T>);
-    into_lanes<T>(grad_end, back.state, c, width, N);
+    into_lanes<T>(in.A + c * N, work.A2, width, N, N * lanes, lanes, kLog2E<T>);
+    into_lanes<T>(grad_end + c * N, back.state, width, N, N * lanes, lanes);
     std::fill((T*)back.A, back.A + round_up(width, lanes) * N, T(0));
     std::fill((T*)back.skip, back.skip + round_up(width, lanes), T(0));
     std::fill((T*)back.bias, back.bias + round_up(width, lanes), T(0));
@@ -347,8 +331,8 @@ void backward_block(
                 sum2<T>(load<T>(back.B + (t * N + n) * lanes), load<T>(back.C + (t * N + n) * lanes), out.B[at], out.C[at]);
             }
     }
-    out_of_lanes<T>(back.state, out.begin, c, width, N);
-    out_of_lanes<T>(back.A, out.A, c, width, N);
+    out_of_lanes<T>(back.state, out.begin + c * N, width, N, N * lanes, lanes);
+    out_of_lanes<T>(back.A, out.A + c * N, width, N, N * lanes, lanes);
     for (int64_t i = 0; i < width; ++i) {
         if (in.skip) out.skip[c + i] = back.skip[i];
         if (in.bias) out.bias[c + i] = back.bias[i];
@@ -403,7 +387,7 @@ void backward(
 
 }  // namespace
 
-// z, D and dt_bias may be null. State (n, D, N). Kept states, or null: (tokens / 8 + n, D, N), a vector of
+// z, D and dt_bias may be null. State (n, D, N). Kept states, or null: (tokens / 16 + n, D, N), a vector of
 // channels as N rows of its lanes.
 STATEWISE_EXPORT int selective_scan_forward(
     int64_t dtype, const void* x, const void* dt, const void* B, const void* C, const void* z, const void* A,

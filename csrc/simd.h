@@ -89,7 +89,11 @@ STATEWISE_INLINE Vec<T> load(const bf16* p) {
     static_assert(std::is_same<T, float>::value, "bfloat16 is computed in float32");
     u16x half;
     std::memcpy(&half, p, sizeof half);
+#if defined(__AVX512F__)  // compilers widen the two halves apart
+    return bits_of<Vec<float>>(_mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, bits_of<__m256i>(half)), 16));
+#else
     return bits_of<Vec<float>>(__builtin_convertvector(half, u32x) << 16);
+#endif
 }
 
 template <class T>
@@ -314,14 +318,49 @@ STATEWISE_INLINE Vec<T> softplus(Vec<T> x) {
     return x > T(20) ? x : value;
 }
 
+// What a maximum leaves of two exponentials of which b is e^{gap} of a: what each weighs relative to the larger one.
+template <class T>
+struct Weights {
+    Int<T> a_leads;
+    Vec<T> a, b;
+    STATEWISE_INLINE explicit Weights(Vec<T> gap) : a_leads(gap <= T(0)) {
+        Vec<T> lesser = exp<T>(a_leads ? gap : -gap), one = splat<T>(T(1));
+        a = a_leads ? one : lesser;
+        b = a_leads ? lesser : one;
+    }
+};
+
+// ---- lanes of two vectors, numbered one after the other
+
+template <class T, int... From>
+STATEWISE_INLINE Vec<T> lanes_of(Vec<T> x, Vec<T> y) {
+#if defined(__clang__)
+    return __builtin_shufflevector(x, y, From...);
+#else
+    return __builtin_shuffle(x, y, Int<T>{From...});
+#endif
+}
+
 template <class T, int... At>
 STATEWISE_INLINE Int<T> lane_index(std::integer_sequence<int, At...>) {
     return Int<T>{At...};
 }
 
+template <class T, int Step, int... At>
+STATEWISE_INLINE Vec<T> swap_lanes(Vec<T> x, std::integer_sequence<int, At...>) {
+    return lanes_of<T, (At ^ Step)...>(x, x);
+}
+
 template <class T, int... At>
-STATEWISE_INLINE Vec<T> swap_lanes(Vec<T> x, int step, std::integer_sequence<int, At...>) {
-    return __builtin_shuffle(x, Int<T>{(At ^ step)...});
+STATEWISE_INLINE Vec<T> halves(Vec<T> x, Vec<T> y, std::integer_sequence<int, At...>) {
+    constexpr int lanes = sizeof...(At);
+    return lanes_of<T, (At < lanes / 2 ? At : lanes + At)...>(x, y);
+}
+
+template <class T, int Step>
+STATEWISE_INLINE Vec<T> fold(Vec<T> x) {
+    if constexpr (Step == 0) return x;
+    else return fold<T, Step / 2>(x + swap_lanes<T, Step>(x, std::make_integer_sequence<int, kLanes<T>>{}));
 }
 
 // The sums over the lanes of two vectors, by halves that add to each other: always in the same order.
@@ -329,12 +368,65 @@ template <class T>
 STATEWISE_INLINE void sum2(Vec<T> x, Vec<T> y, T& sum_x, T& sum_y) {
     constexpr int half = kLanes<T> / 2;
     constexpr auto all = std::make_integer_sequence<int, kLanes<T>>{};
-    Vec<T> folded_x = x + swap_lanes<T>(x, half, all), folded_y = y + swap_lanes<T>(y, half, all);
-    Int<T> index = lane_index<T>(all);
-    Vec<T> both = index < half ? folded_x : folded_y;
-    for (int step = half / 2; step > 0; step /= 2) both += swap_lanes<T>(both, step, all);
+    Vec<T> both = halves<T>(x + swap_lanes<T, half>(x, all), y + swap_lanes<T, half>(y, all), all);
+    both = fold<T, half / 2>(both);
     sum_x = both[0];
     sum_y = both[half];
+}
+
+// ---- squares of lanes × lanes
+
+// The halves, quarters, ... (Step lanes long) of two vectors that lie off the diagonal, exchanged.
+template <class T, int Step, int... At>
+STATEWISE_INLINE void exchange(Vec<T>& x, Vec<T>& y, std::integer_sequence<int, At...>) {
+    constexpr int lanes = sizeof...(At);
+    Vec<T> first = lanes_of<T, ((At & Step) ? lanes + (At ^ Step) : At)...>(x, y);
+    y = lanes_of<T, ((At & Step) ? lanes + At : (At ^ Step))...>(x, y);
+    x = first;
+}
+
+template <class T, int Step>
+STATEWISE_INLINE void transpose_square(Vec<T>* x) {
+    for (int i = 0; i < kLanes<T>; ++i)
+        if (!(i & Step)) exchange<T, Step>(x[i], x[i + Step], std::make_integer_sequence<int, kLanes<T>>{});
+    if constexpr (Step > 1) transpose_square<T, Step / 2>(x);
+}
+
+// Lane i is the sum over the lanes of x[i]; x is used up.
+template <class T, int Step = kLanes<T> / 2>
+STATEWISE_INLINE Vec<T> lane_sums(Vec<T>* x) {
+    for (int i = 0; i < Step; ++i) {
+        exchange<T, Step>(x[i], x[i + Step], std::make_integer_sequence<int, kLanes<T>>{});
+        x[i] += x[i + Step];
+    }
+    if constexpr (Step > 1) return lane_sums<T, Step / 2>(x);
+    else return x[0];
+}
+
+// A matrix (K, V) with its rows in lanes: number (i, c), times a factor, lies at i / lanes · block + c · column + i % lanes.
+// Lanes past K are zero.
+template <class T>
+void into_lanes(const T* from, T* to, int64_t K, int64_t V, int64_t block, int64_t column, T factor = T(1)) {
+    constexpr int64_t lanes = kLanes<T>;
+    for (int64_t i = 0; i < K; i += lanes)
+        for (int64_t c = 0; c < V; c += lanes) {
+            Vec<T> x[lanes] = {};
+            for (int64_t l = 0; l < lanes && i + l < K; ++l) x[l] = load<T>(from + (i + l) * V + c, V - c) * factor;
+            transpose_square<T, lanes / 2>(x);
+            for (int64_t l = 0; l < lanes && c + l < V; ++l) store<T>(to + i / lanes * block + (c + l) * column, x[l]);
+        }
+}
+
+template <class T>
+void out_of_lanes(const T* from, T* to, int64_t K, int64_t V, int64_t block, int64_t column) {
+    constexpr int64_t lanes = kLanes<T>;
+    for (int64_t i = 0; i < K; i += lanes)
+        for (int64_t c = 0; c < V; c += lanes) {
+            Vec<T> x[lanes] = {};
+            for (int64_t l = 0; l < lanes && c + l < V; ++l) x[l] = load<T>(from + i / lanes * block + (c + l) * column);
+            transpose_square<T, lanes / 2>(x);
+            for (int64_t l = 0; l < lanes && i + l < K; ++l) store<T>(to + (i + l) * V + c, x[l], V - c);
+        }
 }
 
 // ---- rows: activations as sums see them; the last vector is filled up with zeros (with ones)

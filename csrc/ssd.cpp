@@ -97,21 +97,6 @@ __attribute__((noinline)) void multiply(
     if (at < width) panel(std::integral_constant<int, 1>{}, at);
 }
 
-template <class T, int Step, int... At>
-STATEWISE_INLINE void exchange(Vec<T>& x, Vec<T>& y, std::integer_sequence<int, At...>) {
-    constexpr int lanes = sizeof...(At);
-    Vec<T> first = __builtin_shuffle(x, y, Int<T>{((At & Step) ? lanes + (At ^ Step) : At)...});
-    y = __builtin_shuffle(x, y, Int<T>{((At & Step) ? lanes + At : (At ^ Step))...});
-    x = first;
-}
-
-template <class T, int Step>
-STATEWISE_INLINE void transpose_square(Vec<T>* x) {
-    for (int i = 0; i < kLanes<T>; ++i)
-        if (!(i & Step)) exchange<T, Step>(x[i], x[i + Step], std::make_integer_sequence<int, kLanes<T>>{});
-    if constexpr (Step > 1) transpose_square<T, Step / 2>(x);
-}
-
 // (rows, columns), both whole vectors, into (columns, rows).
 template <class T>
 __attribute__((noinline)) void transpose(const T* from, T* to, int64_t rows, int64_t columns) {

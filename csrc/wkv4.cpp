@@ -51,16 +51,6 @@ STATEWISE_INLINE StatePointers<T> slot_of(T* kept, int64_t index, int64_t C) {
     return {slot, slot + C, slot + 2 * C};
 }
 
-// e^{a-m} and e^{b-m} of difference = b - a, with m = max(a, b).
-template <class T>
-STATEWISE_INLINE void weigh(Vec<T> difference, Vec<T>& of_a, Vec<T>& of_b) {
-    const Vec<T> zero = {}, one = splat<T>(T(1));
-    Int<T> b_leads = difference > zero;
-    Vec<T> lesser = exp<T>(b_leads ? -difference : difference);
-    of_a = b_leads ? lesser : one;
-    of_b = b_leads ? one : lesser;
-}
-
 // One vector of channels.
 template <class T>
 struct Parameters {
@@ -89,12 +79,16 @@ STATEWISE_INLINE Token<T> advance(Vec<T> k, Vec<T> v, const Parameters<T>& of, S
     Token<T> token;
     Vec<T> faded = sums.top + of.log_w;
     token.lead = k - faded;
-    weigh<T>(token.lead, token.fade, token.gain);
+    const Weights<T> weights(token.lead);
+    token.fade = weights.a;
+    token.gain = weights.b;
     if constexpr (kPlain) {
         token.from_state = token.fade;
         token.from_key = token.gain * of.own;
     } else {
-        weigh<T>(of.u + k - sums.top, token.from_state, token.from_key);
+        const Weights<T> now(of.u + k - sums.top);
+        token.from_state = now.a;
+        token.from_key = now.b;
     }
     const Vec<T> total = sums.den * token.from_state + token.from_key;
     const Vec<T> weighed = sums.num * token.from_state + token.from_key * v;

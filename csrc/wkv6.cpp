@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t kEvery = 16;  // tokens between kept states
+constexpr int64_t kAhead = 4;   // tokens a forward pass asks for rows ahead of time
 
 struct Shape {
     int64_t H, K, V;
@@ -59,6 +60,13 @@ void forward_columns(
         widen<T>(in.r + token * K, R, K);
         widen<T>(in.k + token * K, Ks, K);
         if (in.log_w) widen_exp<T>(in.log_w + token * K, W, K);
+        if (t + kAhead < span.count) {
+            const int64_t later = token + kAhead * shape.H;
+            ask_for(in.r + later * K, K);
+            ask_for(in.k + later * K, K);
+            if (in.log_w) ask_for(in.log_w + later * K, K);
+            ask_for(in.v + later * V + column, columns);
+        }
         const T bonus = bonus_of(R, U, Ks, padded);
         Vec<T> value[NV], out[NV];
         for (int j = 0; j < NV; ++j) {
@@ -186,8 +194,7 @@ void backward_head(
         std::fill((T*)chunk.grad, chunk.grad + V * rows, T(0));
         std::fill((T*)chunk.states, chunk.states + V * rows, T(0));
     }
-    for (int64_t i = 0; i < K; ++i)
-        for (int64_t c = 0; c < V; ++c) chunk.grad[c * rows + i] = grad_end[i * V + c];
+    into_lanes<T>(grad_end, chunk.grad, K, V, lanes, rows);
     widen<T>(in.u + head * K, chunk.u, K);
     if (in.constant)
         for (int64_t t = 0; t < kEvery; ++t) widen_exp<T>(in.constant + head * K, chunk.w + t * rows, K);
@@ -206,8 +213,7 @@ void backward_head(
             widen<T>(in.v + token * V, chunk.v + t * columns, V);
             widen<T>(grad_y + token * V, chunk.grad_y + t * columns, V);
         }
-        for (int64_t i = 0; i < K; ++i)
-            for (int64_t c = 0; c < V; ++c) chunk.states[c * rows + i] = slot[i * V + c];
+        into_lanes<T>(slot, chunk.states, K, V, lanes, rows);
         for (int64_t t = 0; t + 1 < length; ++t) {
             const T *w = chunk.w + t * rows, *key = chunk.k + t * rows, *before = chunk.states + t * columns * rows;
             T* after = chunk.states + (t + 1) * columns * rows;
@@ -221,6 +227,15 @@ void backward_head(
         }
         for (int64_t t = length - 1; t >= 0; --t) {
             const int64_t token = (span.begin + start + t) * shape.H + head;
+            if (index) {  // the chunk before is on its way meanwhile
+                const int64_t earlier = token - kEvery * shape.H, share = K * V / kEvery;
+                ask_for(in.r + earlier * K, K);
+                ask_for(in.k + earlier * K, K);
+                if (in.log_w) ask_for(in.log_w + earlier * K, K);
+                ask_for(in.v + earlier * V, V);
+                ask_for(grad_y + earlier * V, V);
+                ask_for(slot - shape.H * K * V + t * share, share);
+            }
             backward_token<KV, T>(
                 chunk.r + t * rows, chunk.w + t * rows, chunk.k + t * rows, chunk.u, chunk.v + t * columns,
                 chunk.grad_y + t * columns, chunk.states + t * columns * rows, chunk.grad, chunk.sum_u, out, V);
@@ -233,8 +248,7 @@ void backward_head(
             for (int64_t c = 0; c < V; c += lanes) store<T>(to.v + token * V + c, load<T>(out.v + c), V - c);
         }
     }
-    for (int64_t i = 0; i < K; ++i)
-        for (int64_t c = 0; c < V; ++c) to.begin[i * V + c] = chunk.grad[c * rows + i];
+    out_of_lanes<T>(chunk.grad, to.begin, K, V, lanes, rows);
     std::copy_n((T*)chunk.sum_u, K, to.u + head * K);
     if (to.constant) std::copy_n((T*)chunk.sum_w, K, to.constant + head * K);
 }

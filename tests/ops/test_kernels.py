@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from statewise import ops
 from statewise.ops import dispatch, kernels
@@ -154,6 +156,31 @@ def test_a_wide_step_size_beside_bfloat16_activations() -> None:
     assert got.gradients["dt"].dtype == torch.float32
     assert torch.equal(got.y, wide.y.bfloat16())
     assert all(torch.equal(a, b) for a, b in zip(got.state, wide.state, strict=True))
+
+
+@every_compiled_case
+def test_a_graph_says_what_was_kept(case: OpCase) -> None:
+    """What torch.compile wrote to disk with a release that kept something else must not be taken for this one's, so the
+    revision of what is kept is a constant of the graph, and another one is refused."""
+    called: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "statewise" and func._schema.arguments[-1].name == "keep":
+                called.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    leaves = {name: x.requires_grad_() for name, x in case.inputs(2, 20).items()}
+    with Watch():
+        case.call(leaves, backend="native")
+    with torch.no_grad():
+        for operator, (*given, keep) in called:
+            assert type(keep) is int
+            assert keep > 0
+            operator(*given, keep)
+            with pytest.raises(RuntimeError, match="another release of statewise"):
+                operator(*given, keep + 1)
+    assert called or case.op == "token_mix"  # which keeps nothing
 
 
 def test_the_meta_device_is_not_served() -> None:

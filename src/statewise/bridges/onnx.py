@@ -149,7 +149,7 @@ def _bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
 
 
 def _bi_wkv_rows(
-    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: bool
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _bi_wkv(_rows(k, spans), _rows(v, spans), log_w, u)
     return y.flatten(0, 1), _unused(log_w), _unused(log_w).to(torch.int16)
@@ -175,7 +175,7 @@ def _wkv6_rows(
     u: Tensor,
     state: Tensor,
     spans: Tensor,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert log_w is not None, "models of images decide about their decays token by token"
     r, log_w, k, v = (_rows(x, spans) for x in (r, log_w, k, v))
@@ -204,7 +204,7 @@ def _scan_rows(
     dt_bias: Tensor | None,
     state: Tensor,
     spans: Tensor,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, dt, z ``(B·N, G·E)``, A ``(G·E, S)``, state ``(B, G·E, S)``."""
     groups = B.shape[1]
@@ -233,14 +233,14 @@ def _softplus_scan_rows(
     dt_bias: Tensor | None,
     state: Tensor,
     spans: Tensor,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     step = dt.to(state.dtype) if dt_bias is None else dt.to(state.dtype) + dt_bias
     return _scan_rows(x, F.softplus(step), B, C, z, A, D, None, state, spans, keep)
 
 
 def _conv_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, spans: Tensor, keep: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, spans: Tensor, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`statewise.ops.causal_conv1d`: x ``(B·N, C)``, weight ``(C, W)``, window ``(B, W - 1, C)``."""
     whole = torch.cat([window, _rows(x, spans).to(window.dtype)], 1)
@@ -250,7 +250,7 @@ def _conv_rows(
 
 
 def _silu_conv_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, spans: Tensor, keep: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, spans: Tensor, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, end, kept = _conv_rows(x.to(window.dtype), weight, bias, window, spans, keep)
     return F.silu(y).to(x.dtype), end, kept

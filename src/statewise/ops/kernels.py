@@ -136,6 +136,7 @@ def register_kernels(
     every: int = 1,
     optional: Sequence[str] = (),
     function: str | None = None,
+    revision: int = 1,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Register ``statewise::NAME_native`` on the C functions ``NAME_forward`` and ``NAME_backward``.
 
@@ -156,6 +157,7 @@ def register_kernels(
         every: tokens between kept states.
         optional: names of inputs and parameters that may be ``None``.
         function: NAME of the C functions, where two operators share them.
+        revision: of what is kept; see :func:`~statewise.ops.registration.register_pair`.
 
     Returns:
         A function of the inputs, parameters, state and spans that returns y and the new state leaves.
@@ -172,6 +174,7 @@ def register_kernels(
         output=output,
         where=("Tensor spans",),
         optional=optional,
+        revision=revision,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Gradients", "Pair", "Results", "Some", "register_pair"]
+__all__ = ["Call", "Gradients", "Pair", "Results", "Some", "keeps", "register_pair"]
 
 #: Tensors, and ``None`` for those that are optional and absent.
 Some = Sequence[Any]
@@ -57,6 +57,23 @@ class Pair(Protocol):
         """From the last state and what was kept, and the cotangents of y and of the last state."""
 
 
+def keeps(name: str, keep: int, revision: int) -> bool:
+    """Whether forward keeps what backward needs: ``keep`` is 0, or the revision of what is kept.
+
+    A number, not a truth: it is a constant of every graph the operator is in, so that what torch.compile wrote to its
+    disk cache with a release that kept something else is not taken for this one's.
+
+    Raises:
+        RuntimeError: another release's revision, out of an exported program.
+    """
+    if keep not in (0, revision):
+        raise RuntimeError(
+            f"{name}: this program was exported with another release of statewise, which kept other things for "
+            f"backward (revision {keep}; here it is {revision}); export it again"
+        )
+    return keep != 0
+
+
 def register_pair(
     name: str,
     pair: Pair,
@@ -69,6 +86,7 @@ def register_pair(
     where: Sequence[str],
     options: Sequence[str] = (),
     optional: Sequence[str] = (),
+    revision: int = 1,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Register ``statewise::NAME`` and ``statewise::NAME_backward``.
 
@@ -84,6 +102,7 @@ def register_pair(
         where: declarations of what says where sequences lie, as in an operator's schema, e.g. ``"Tensor? lengths"``.
         options: declarations of what else the kernels want to know, e.g. ``"bool softplus"``.
         optional: names of inputs and parameters that may be ``None``.
+        revision: of what is kept for backward; raised whenever its shape or meaning changes (see :func:`keeps`).
 
     Returns:
         A function of the inputs, parameters, state leaves, ``where`` and ``options``, returning y and the new leaves.
@@ -108,8 +127,8 @@ def register_pair(
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    def kept_shape(arguments: Some, keep: bool) -> tuple[int, ...]:
-        return pair.kept_shape(sort(arguments)) if keep else (0,)
+    def kept_shape(arguments: Some, keep: int) -> tuple[int, ...]:
+        return pair.kept_shape(sort(arguments)) if keeps(name, keep, revision) else (0,)
 
     said = ", ".join([*where, *options])
 
@@ -117,11 +136,11 @@ def register_pair(
         f"statewise::{name}",
         mutates_args=(),
         device_types=device_types,
-        schema=f"({declare(names)}, {said}, bool keep) -> ({', '.join(['Tensor'] * (2 + n_state))})",
+        schema=f"({declare(names)}, {said}, int keep) -> ({', '.join(['Tensor'] * (2 + n_state))})",
     )
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *given, keep = contiguous(arguments)
-        y, ends, kept = pair.forward(sort(given), keep)
+        y, ends, kept = pair.forward(sort(given), keeps(name, keep, revision))
         return (y, *ends, kept)
 
     @forward.register_fake
@@ -178,6 +197,6 @@ def register_pair(
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:n_names])
-        return tuple(forward(*arguments, keep)[: 1 + n_state])
+        return tuple(forward(*arguments, revision if keep else 0)[: 1 + n_state])
 
     return call

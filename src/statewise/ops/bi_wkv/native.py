@@ -9,22 +9,23 @@ from torch import Tensor
 
 from statewise.ops.kernels import blank_like, call_kernel, covers
 from statewise.ops.memory import empty
+from statewise.ops.registration import keeps
 
 __all__ = ["bi_wkv"]
 
-
 _MOST_STEPS = (1 << 16) - 1  # that are kept as 16 bits
+_REVISION = 1  # of what is kept
 
 
 @torch.library.custom_op(
     "statewise::bi_wkv_native",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, SymInt time, bool keep)"
+    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, SymInt time, int keep)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
-    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: bool
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, v, log_w, u, spans = (given.contiguous() for given in (k, v, log_w, u, spans))
     whole = covers(spans, v.shape[0])
@@ -39,10 +40,10 @@ def _forward(
     return y, kept, steps
 
 
-def _kept(v: Tensor, log_w: Tensor, time: int, keep: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def _kept(v: Tensor, log_w: Tensor, time: int, keep: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Of every token, one over the denominator and the key of the largest exponent, and the average if y is not of its
     dtype; then how many steps that key has faded."""
-    if not keep:
+    if not keeps("bi_wkv_native", keep, _REVISION):
         return [((0,), log_w.dtype), ((0,), torch.int16)]
     planes = 2 if v.dtype == log_w.dtype else 3
     return [((planes, *v.shape), log_w.dtype), (tuple(v.shape), torch.int16 if time <= _MOST_STEPS else log_w.dtype)]
@@ -50,7 +51,7 @@ def _kept(v: Tensor, log_w: Tensor, time: int, keep: bool) -> list[tuple[tuple[i
 
 @_forward.register_fake
 def _(
-    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: bool
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor, time: int, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept, steps = (log_w.new_empty(shape, dtype=dtype) for shape, dtype in _kept(v, log_w, time, keep))
     return torch.empty_like(v, memory_format=torch.contiguous_format), kept, steps

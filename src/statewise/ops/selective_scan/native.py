@@ -31,7 +31,7 @@ def _register(name: str, softplus: bool) -> Callable[..., tuple[Tensor, ...]]:
             int(inputs[1] is not None and inputs[1].dtype == state[0].dtype),
         ),
         kept=lambda slots, state: (slots, state[0].shape[2], state[0].shape[1]),
-        every=8,
+        every=16,
         function="selective_scan",
     )
 
