@@ -351,10 +351,13 @@ STATEWISE_INLINE Vec<T> swap_lanes(Vec<T> x, std::integer_sequence<int, At...>) 
     return lanes_of<T, (At ^ Step)...>(x, x);
 }
 
-template <class T, int... At>
-STATEWISE_INLINE Vec<T> halves(Vec<T> x, Vec<T> y, std::integer_sequence<int, At...>) {
+// The halves, quarters, ... (Step lanes long) of two vectors that lie off the diagonal, exchanged.
+template <class T, int Step, int... At>
+STATEWISE_INLINE void exchange(Vec<T>& x, Vec<T>& y, std::integer_sequence<int, At...>) {
     constexpr int lanes = sizeof...(At);
-    return lanes_of<T, (At < lanes / 2 ? At : lanes + At)...>(x, y);
+    Vec<T> first = lanes_of<T, ((At & Step) ? lanes + (At ^ Step) : At)...>(x, y);
+    y = lanes_of<T, ((At & Step) ? lanes + At : (At ^ Step))...>(x, y);
+    x = first;
 }
 
 template <class T, int Step>
@@ -367,23 +370,13 @@ STATEWISE_INLINE Vec<T> fold(Vec<T> x) {
 template <class T>
 STATEWISE_INLINE void sum2(Vec<T> x, Vec<T> y, T& sum_x, T& sum_y) {
     constexpr int half = kLanes<T> / 2;
-    constexpr auto all = std::make_integer_sequence<int, kLanes<T>>{};
-    Vec<T> both = halves<T>(x + swap_lanes<T, half>(x, all), y + swap_lanes<T, half>(y, all), all);
-    both = fold<T, half / 2>(both);
+    exchange<T, half>(x, y, std::make_integer_sequence<int, kLanes<T>>{});
+    const Vec<T> both = fold<T, half / 2>(x + y);
     sum_x = both[0];
     sum_y = both[half];
 }
 
 // ---- squares of lanes × lanes
-
-// The halves, quarters, ... (Step lanes long) of two vectors that lie off the diagonal, exchanged.
-template <class T, int Step, int... At>
-STATEWISE_INLINE void exchange(Vec<T>& x, Vec<T>& y, std::integer_sequence<int, At...>) {
-    constexpr int lanes = sizeof...(At);
-    Vec<T> first = lanes_of<T, ((At & Step) ? lanes + (At ^ Step) : At)...>(x, y);
-    y = lanes_of<T, ((At & Step) ? lanes + At : (At ^ Step))...>(x, y);
-    x = first;
-}
 
 template <class T, int Step>
 STATEWISE_INLINE void transpose_square(Vec<T>* x) {
