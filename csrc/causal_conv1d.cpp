@@ -53,6 +53,17 @@ STATEWISE_INLINE V weighted(const V* weights, const V* samples, V sum) {
     return sum;
 }
 
+// Calls walk for every vector of a block's channels, with what is there and whether there is an activation as constants.
+template <class T, class Walk>
+STATEWISE_INLINE void for_vectors(int64_t first, int64_t width, bool silu, Walk walk) {
+    auto all = [&](auto silu) {
+        int64_t c = first;
+        for (; c + kLanes<T> <= first + width; c += kLanes<T>) walk(c, kLanes<T>, silu);
+        if (c < first + width) walk(c, first + width - c, silu);
+    };
+    silu ? all(std::true_type{}) : all(std::false_type{});
+}
+
 template <class IO, class T, int W>
 void forward_block(const Convolution<IO, T, W>& in, IO* y, T* end, int64_t first, int64_t width) {
     const int64_t count = in.span.count, C = in.C;
@@ -60,21 +71,22 @@ void forward_block(const Convolution<IO, T, W>& in, IO* y, T* end, int64_t first
     in.weights(first, width, taps);
     for (int64_t start = 0; start < count; start += kTile) {
         const int64_t stop = std::min(start + kTile, count), ahead = prefetch_step(start, count, kTile, C);
-        for (int64_t c = first; c < first + width; c += kLanes<T>) {
-            const int64_t left = first + width - c;
+        auto walk = [&](int64_t c, int64_t left, auto silu) {
             const Taps<T, W> weights = taps[(c - first) / kLanes<T>];
             Vec<T> samples[W], shift = in.shift(c, left);
             for (int j = 1; j < W; ++j) samples[j] = in.sample(start - W + j, c, left);
-            for (int64_t t = start; t < stop; ++t) {
-                const int64_t at = (in.span.begin + t) * C + c;
-                __builtin_prefetch(in.x + at + ahead, 0, 2);
-                __builtin_prefetch(y + at + ahead, 1, 2);
+            const IO* from = in.x + (in.span.begin + start) * C + c;
+            IO* to = y + (in.span.begin + start) * C + c;
+            for (int64_t t = start; t < stop; ++t, from += C, to += C) {
+                __builtin_prefetch(from + ahead, 0, 2);
+                __builtin_prefetch(to + ahead, 1, 2);
                 for (int j = 1; j < W; ++j) samples[j - 1] = samples[j];
-                samples[W - 1] = load<T>(in.x + at, left);
+                samples[W - 1] = load<T>(from, left);
                 Vec<T> pre = weighted<W>(weights.at, samples, shift);
-                store<T>(y + at, in.silu ? pre * sigmoid<T>(pre) : pre, left);
+                store<T>(to, silu ? pre * sigmoid<T>(pre) : pre, left);
             }
-        }
+        };
+        for_vectors<T>(first, width, in.silu, walk);
     }
     for (int64_t m = 0; m < W - 1; ++m)
         for (int64_t c = first; c < first + width; c += kLanes<T>)

@@ -21,7 +21,11 @@ template <class Kernel>
 int dispatch(int64_t dtype, Kernel kernel) {
     switch (dtype) {
         case kFloat32: return kernel(float{}, float{}) ? 0 : -1;
-        case kBFloat16: return kernel(bf16{}, float{}) ? 0 : -1;
+        case kBFloat16:
+#if defined(__AVX512F__)
+            if (__builtin_cpu_supports("avx512bf16")) return kernel(rounded_bf16{}, float{}) ? 0 : -1;
+#endif
+            return kernel(bf16{}, float{}) ? 0 : -1;
         case kFloat64: return kernel(double{}, double{}) ? 0 : -1;
     }
     return -1;

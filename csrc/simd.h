@@ -32,6 +32,12 @@ struct bf16 {
     uint16_t bits;
 };
 
+#if defined(__AVX512F__)
+// The same where the processor rounds to it by one instruction: a kernel is compiled for either, since to choose at
+// every store costs registers.
+struct rounded_bf16 : bf16 {};
+#endif
+
 // A vector of T, the integers of the same size (also the masks), and how many there are.
 template <class T>
 struct Vectors;
@@ -89,8 +95,11 @@ STATEWISE_INLINE Vec<T> load(const bf16* p) {
     static_assert(std::is_same<T, float>::value, "bfloat16 is computed in float32");
     u16x half;
     std::memcpy(&half, p, sizeof half);
-#if defined(__AVX512F__)  // compilers widen the two halves apart
-    return bits_of<Vec<float>>(_mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, bits_of<__m256i>(half)), 16));
+#if defined(__AVX512F__)  // one permutation into the upper halves, for which compilers take two instructions
+    const __m512i at = _mm512_set_epi16(
+        15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return bits_of<Vec<float>>(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, at, _mm512_castsi256_si512(bits_of<__m256i>(half))));
 #else
     return bits_of<Vec<float>>(__builtin_convertvector(half, u32x) << 16);
 #endif
@@ -101,22 +110,9 @@ STATEWISE_INLINE void store(T* p, Vec<T> x) {
     std::memcpy(p, &x, sizeof x);
 }
 
-#if defined(__AVX512F__)
-// One instruction instead of eight, where the processor has it. Its results below 1.2e-38 are zero.
-const bool kRoundsToBF16 = __builtin_cpu_supports("avx512bf16");
-#endif
-
 // To the nearest, ties to even; a NaN stays one.
 template <class T>
 STATEWISE_INLINE void store(bf16* p, Vec<T> x) {
-#if defined(__AVX512F__)
-    if (kRoundsToBF16) {
-        __m256i half;
-        __asm__("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(__m512(x)));
-        std::memcpy(p, &half, sizeof half);
-        return;
-    }
-#endif
     u32x bits = bits_of<u32x>(x);
     u32x rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     Int<float> number = x == x;
@@ -124,6 +120,16 @@ STATEWISE_INLINE void store(bf16* p, Vec<T> x) {
     u16x half = __builtin_convertvector(rounded, u16x);
     std::memcpy(p, &half, sizeof half);
 }
+
+#if defined(__AVX512F__)
+// One instruction instead of eight. What is below 1.2e-38 becomes zero.
+template <class T>
+STATEWISE_INLINE void store(rounded_bf16* p, Vec<T> x) {
+    __m256i half;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(__m512(x)));
+    std::memcpy(p, &half, sizeof half);
+}
+#endif
 
 // The first n lanes; the others read as zero and are not written.
 template <class T, class E>

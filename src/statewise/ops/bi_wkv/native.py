@@ -113,6 +113,6 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, spans: Tensor) -> Tensor:
     """Sequences ``spans`` of the rows of k, v ``(B, T, C)``, of one dtype; log_w and u of that of sums."""
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, log_w, u))
-    y, *_ = _forward(k.flatten(0, 1), v.flatten(0, 1), log_w, u, spans, k.shape[1], keep)
+    y, *_ = _forward(k.flatten(0, 1), v.flatten(0, 1), log_w, u, spans, k.shape[1], _REVISION if keep else 0)
     found: Tensor = y.view(v.shape)
     return found
