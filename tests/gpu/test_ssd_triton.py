@@ -89,11 +89,6 @@ def tokens_of_A(inputs: dict[str, Tensor]) -> float:
     return float(torch.stack(torch.autograd.grad([y, state], each, pulls(y, state))).norm())
 
 
-def limit(name: str) -> float:
-    """How far a result may be off in bfloat16, over a few heads."""
-    return 0.012 if name == "gradient of A" else 0.005 if "gradient" in name else 0.003
-
-
 @pytest.mark.parametrize("kind", ["random", "repeated"])
 def test_bfloat16_gradient_of_A_over_a_models_heads(kind: str) -> None:
     """With as many heads as a model has, the gradient of A is as near as any other, beside its own size."""
@@ -105,15 +100,15 @@ def test_bfloat16_gradient_of_A_over_a_models_heads(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["random", "correlated", "repeated"])
 def test_bfloat16_is_near_the_truth(sizes: Sizes, kind: str) -> None:
     """Gradients of A and dt_bias, one number a head, are sums over all tokens that may cancel while rounding errors do
-    not: they are measured against the root of the sum of the squares of the tokens'. A's falls short of 0.005 all the
-    same: 0.0094 where B and C repeat, whose rounding is the same in every token, so that its errors add up."""
+    not: they are measured against the root of the sum of the squares of the tokens' where it is larger."""
     inputs = draw(sizes, torch.bfloat16, kind)
     got, truth = run(inputs, "triton"), run({name: value.double() for name, value in inputs.items()}, "reference")
     size = {name: float(want.norm()) for name, want in truth.items()}
-    size |= {"gradient of dt_bias": size["gradient of dt"], "gradient of A": tokens_of_A(inputs)}
+    for name, tokens in (("gradient of dt_bias", size["gradient of dt"]), ("gradient of A", tokens_of_A(inputs))):
+        size[name] = max(size[name], tokens)
     for name, want in truth.items():
         ratio = float((got[name].double() - want).norm()) / size[name]
-        assert ratio <= limit(name), f"{name}: {ratio:.1e}"
+        assert ratio <= (0.005 if "gradient" in name else 0.003), f"{name}: {ratio:.1e}"
 
 
 def test_precise_is_nearer() -> None:
@@ -180,7 +175,7 @@ def test_dtypes_may_be_mixed(dtypes: Sequence[str]) -> None:
     got = run(inputs, "triton")
     assert all(got[f"gradient of {name}"].dtype == value.dtype for name, value in inputs.items())
     for name, ratio in ratios(inputs).items():
-        assert ratio <= limit(name), f"{name}: {ratio:.1e}"
+        assert ratio <= (0.005 if "gradient" in name else 0.003), f"{name}: {ratio:.1e}"
 
 
 def test_too_many_states_are_refused_by_name_only() -> None:

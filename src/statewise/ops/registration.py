@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from statewise.ops.custom import operator
+
 __all__ = ["Call", "Gradients", "Pair", "Results", "Some", "keeps", "register_pair"]
 
 #: Tensors, and ``None`` for those that are optional and absent.
@@ -132,9 +134,8 @@ def register_pair(
 
     said = ", ".join([*where, *options])
 
-    @torch.library.custom_op(
-        f"statewise::{name}",
-        mutates_args=(),
+    @operator(
+        name,
         device_types=device_types,
         schema=f"({declare(names)}, {said}, int keep) -> ({', '.join(['Tensor'] * (2 + n_state))})",
     )
@@ -153,9 +154,8 @@ def register_pair(
     ends_of = ", ".join(f"Tensor {s}_end" for s in state)
     after = ", ".join(part for part in (said, ends_of, "Tensor kept", grads) if part)
 
-    @torch.library.custom_op(
-        f"statewise::{name}_backward",
-        mutates_args=(),
+    @operator(
+        f"{name}_backward",
         device_types=device_types,
         schema=f"({declare(names)}, {after}) -> ({', '.join(['Tensor'] * n_names)})",
     )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statewise.ops.custom import operator
+
 __all__ = ["SegmentFunction", "register_segmented"]
 
 #: (inputs ``(B, t, ...)``, parameters without time, state leaves) → (y ``(B, t, ...)``, new state leaves).
@@ -70,7 +72,7 @@ def register_segmented(
             list(tensors[n_time + n_shared : n_time + n_shared + n_state]),
         )
 
-    @torch.library.custom_op(f"statewise::{name}", mutates_args=(), schema=f"({arguments}) -> ({results})")
+    @operator(name, schema=f"({arguments}) -> ({results})")
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, parameters, leaves = sort(tensors)
         outputs: list[Tensor] = []
@@ -97,9 +99,7 @@ def register_segmented(
     boundaries = ", ".join(f"Tensor {n}" for n in (*time, *shared, *[f"kept_{s}" for s in state]))
     derivatives = ", ".join(["Tensor"] * len(names))
 
-    @torch.library.custom_op(
-        f"statewise::{name}_backward", mutates_args=(), schema=f"({gradients}, {boundaries}) -> ({derivatives})"
-    )
+    @operator(f"{name}_backward", schema=f"({gradients}, {boundaries}) -> ({derivatives})")
     def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
         grad_y, grad_state = tensors[0], list(tensors[1 : 1 + n_state])
         inputs, parameters, kept = sort(tensors[1 + n_state :])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dot", "first_slot", "locate_row", "locate_slot", "sigmoid", "silu", "softplus"]
+__all__ = ["dot", "first_slot", "locate_row", "locate_slot", "lost", "sigmoid", "silu", "softplus"]
 
 
 @triton.jit
@@ -90,3 +90,9 @@ def dot(a, b, PRECISION: tl.constexpr):
     else:
         c = tl.dot(a, b, input_precision=PRECISION)
     return c
+
+
+@triton.jit
+def lost(x):
+    """What x loses when it is rounded to bfloat16: a second term for products that need its digits."""
+    return x - x.to(tl.bfloat16).to(x.dtype)

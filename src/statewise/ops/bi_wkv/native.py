@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statewise.ops.custom import operator
 from statewise.ops.kernels import blank_like, call_kernel, covers
 from statewise.ops.memory import empty
 from statewise.ops.registration import keeps
@@ -17,9 +18,8 @@ _MOST_STEPS = (1 << 16) - 1  # that are kept as 16 bits
 _REVISION = 1  # of what is kept
 
 
-@torch.library.custom_op(
-    "statewise::bi_wkv_native",
-    mutates_args=(),
+@operator(
+    "bi_wkv_native",
     device_types="cpu",
     schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, SymInt time, int keep)"
     " -> (Tensor, Tensor, Tensor)",
@@ -57,9 +57,8 @@ def _(
     return torch.empty_like(v, memory_format=torch.contiguous_format), kept, steps
 
 
-@torch.library.custom_op(
-    "statewise::bi_wkv_native_backward",
-    mutates_args=(),
+@operator(
+    "bi_wkv_native_backward",
     device_types="cpu",
     schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor spans, Tensor? y, Tensor kept, Tensor steps,"
     " Tensor grad_y) -> (Tensor, Tensor, Tensor, Tensor)",

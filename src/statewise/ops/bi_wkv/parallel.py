@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statewise.ops.custom import operator
 from statewise.ops.segments import _recording
 
 __all__ = ["bi_wkv", "nothing"]
@@ -115,7 +116,7 @@ def _all_sums(k: Tensor, v: Tensor, log_w: Tensor) -> _Sum:
     return num, den, shift
 
 
-@torch.library.custom_op("statewise::bi_wkv", mutates_args=())
+@operator("bi_wkv", schema="(Tensor k, Tensor v, Tensor log_w, Tensor u) -> Tensor")
 def bi_wkv(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
     """All tokens of ``(B, T, C)``, T ≥ 1, all tensors of one dtype. First derivatives only."""
     # Accumulation is in the dtype of the arguments, whatever the caller's autocast would like.
@@ -134,7 +135,10 @@ def _(k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("statewise::bi_wkv_backward", mutates_args=())
+@operator(
+    "bi_wkv_backward",
+    schema="(Tensor grad_y, Tensor k, Tensor v, Tensor log_w, Tensor u) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(grad_y: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = k.device.type
     with torch.autocast(device, enabled=False):

@@ -22,7 +22,7 @@ _PROGRAMS = 256
 _WHOLE = 1 << 20
 # Of warps and stages; neither changes a sum.
 _CHOICES = ((8, 2), (8, 1), (4, 2), (4, 1))
-_FEW = ((4, 2), (8, 2), (4, 1))  # for `weigh`, which holds no state
+_FEW = ((8, 2), (4, 2), (4, 1))  # for `weigh`, which holds no state
 
 
 def _tile(size: int) -> int:
@@ -155,7 +155,7 @@ class _Kernels:
         constants = {"RAGGED": at.ragged, **one.gathering}
         one.launch(one.kernels.gather, "gather", grid, *shared, *numbers, *at.arguments, **constants)
         d_dt, d_A = gpu.new(one.dt, where), begin.new_zeros(slots, one.H)
-        of_dt = (x, g, one.A, B, C, one.sums, through, parts, d_dt, d_A, slots)
+        of_dt = (x, grad_y, z, one.A, B, C, one.sums, through, parts, d_dt, d_A, slots)
         one.launch(one.kernels.weigh, "weigh", (slots, one.H), *of_dt, *at.arguments, **constants)
         d_B, d_C = ((d[0] if blocks == 1 else d.sum(0)).to(value.dtype) for d, value in ((d_B, B), (d_C, C)))
         return [d_x, d_dt, d_B, d_C, d_z], [d_A.sum(0), None if d_D is None else d_D.sum(0)], [d_begin]

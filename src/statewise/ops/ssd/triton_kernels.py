@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, sigmoid
+from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, lost, sigmoid
 
 __all__ = ["add_up", "carry", "emit", "gather", "mirror", "pass_on", "weigh"]
 
@@ -182,6 +182,7 @@ def emit(
     _, tokens = locate_row(row, time, lengths, cu_seqlens, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    SPLIT: tl.constexpr = PRECISION == "bf16" or PRECISION == "bf16-emulated"
     i, p, n = tl.arange(0, L), tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
     if (here > 0) | (segment == 0):
         final = tokens <= (segment + 1) * S
@@ -199,6 +200,10 @@ def emit(
                 out += dot(C_, tl.trans(h[s].to(MUL)), PRECISION)
                 if grad_y is not None:
                     _store_state(each, index, P, N, p, s * NB + n, h[s])
+            if SPLIT and grad_y is not None:
+                for s in tl.static_range(SLICES):
+                    C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                    out += dot(C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
             out *= upto[:, None]
             if grad_y is not None:
                 g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
@@ -260,6 +265,7 @@ def mirror(
     row, segment, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    SPLIT: tl.constexpr = PRECISION == "bf16" or PRECISION == "bf16-emulated"
     i, p, n = tl.arange(0, L), tl.program_id(2) * PB + tl.arange(0, PB), tl.arange(0, NB)
     if (here > 0) | (segment == 0):
         d = ()
@@ -273,6 +279,9 @@ def mirror(
             index = (chunk + c) * H + head
             size, upto, rest, whole = _decays(sums, index, L)
             to_u = tl.zeros([L, PB], ACC)
+            for s in tl.static_range(SLICES if SPLIT else 0):
+                B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                to_u += dot(B_, tl.trans(lost(d[s]).to(MUL)), PRECISION)
             for s in tl.static_range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 to_u += dot(B_, tl.trans(d[s].to(MUL)), PRECISION)
@@ -356,7 +365,7 @@ def gather(
 
 @triton.jit(do_not_specialize=["time", "slots"])
 def weigh(
-    x, g, A, B, C, sums, through, parts, d_dt, d_A, slots, time, lengths, cu_seqlens, row_of,
+    x, grad_y, z, A, B, C, sums, through, parts, d_dt, d_A, slots, time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -370,6 +379,7 @@ def weigh(
     _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    SPLIT: tl.constexpr = PRECISION == "bf16" or PRECISION == "bf16-emulated"
     i, index = tl.arange(0, L), slot * H + head
     if here > 0:
         scores, products = tl.zeros([L, L], ACC), tl.zeros([L, L], ACC)
@@ -384,8 +394,13 @@ def weigh(
         for k in range((P + PB - 1) // PB):
             p = k * PB + tl.arange(0, PB)
             x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
-            g_ = _load(g, first, here, H * P, head * P, P, p, L, MUL)
-            products += dot(x_, tl.trans(g_), PRECISION)
+            g = _load(grad_y, first, here, H * P, head * P, P, p, L, ACC)
+            if z is not None:
+                gate = _load(z, first, here, H * P, head * P, P, p, L, ACC)
+                g *= gate * sigmoid(gate)
+            products += dot(x_, tl.trans(g.to(MUL)), PRECISION)
+            if SPLIT and z is not None:
+                products += dot(x_, tl.trans(lost(g).to(MUL)), PRECISION)
             from_begin += tl.load(parts + (k * 2 * slots * H + index) * L + i)
             to_dt += tl.load(parts + ((k * 2 + 1) * slots * H + index) * L + i)
         products *= scores * _between(sums, index, L, True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statewise.ops.custom import operator
 from statewise.ops.kernels import blank_like, call_kernel, covers
 
 __all__ = ["token_mix"]
@@ -16,9 +17,8 @@ __all__ = ["token_mix"]
 def _register(count: int) -> Callable[..., tuple[Tensor, ...]]:
     outputs = ", ".join(["Tensor"] * (count + 1))
 
-    @torch.library.custom_op(
-        f"statewise::token_mix_{count}_native",
-        mutates_args=(),
+    @operator(
+        f"token_mix_{count}_native",
         device_types="cpu",
         schema=f"(Tensor x, Tensor mix, Tensor state, Tensor spans) -> ({outputs})",
     )
@@ -38,9 +38,8 @@ def _register(count: int) -> Callable[..., tuple[Tensor, ...]]:
 
     grads = ", ".join(f"Tensor grad_{i}" for i in range(count))
 
-    @torch.library.custom_op(
-        f"statewise::token_mix_{count}_native_backward",
-        mutates_args=(),
+    @operator(
+        f"token_mix_{count}_native_backward",
         device_types="cpu",
         schema=f"(Tensor x, Tensor mix, Tensor state, Tensor spans, {grads}, Tensor grad_end)"
         " -> (Tensor, Tensor, Tensor)",

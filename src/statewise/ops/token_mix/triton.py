@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import gpu
+from statewise.ops.custom import operator
 
 __all__ = ["token_mix"]
 
@@ -37,9 +38,8 @@ def _run(kernel: Any, tensors: Sequence[Tensor], many: Sequence[Tensor], where: 
     )
 
 
-@torch.library.custom_op(
-    "statewise::token_mix_triton",
-    mutates_args=(),
+@operator(
+    "token_mix_triton",
     device_types=("cuda", "cpu"),  # the CPU in Triton's interpreter
     schema=f"(Tensor x, Tensor mix, Tensor state, {', '.join(gpu.WHERE)}) -> Tensor[]",
 )
@@ -57,9 +57,8 @@ def _(x: Tensor, mix: Tensor, state: Tensor, *where: Tensor | None) -> list[Tens
     return [torch.empty_like(given, memory_format=torch.contiguous_format) for given in [*[x] * len(mix), state]]
 
 
-@torch.library.custom_op(
-    "statewise::token_mix_triton_backward",
-    mutates_args=(),
+@operator(
+    "token_mix_triton_backward",
     device_types=("cuda", "cpu"),
     schema=f"(Tensor x, Tensor mix, Tensor state, {', '.join(gpu.WHERE)}, Tensor[] pulls) -> (Tensor, Tensor, Tensor)",
 )
