@@ -18,7 +18,11 @@ stores the states before all chunks (`emit`) and the cotangents after them (`mir
 chunks at once (`gather`), as do the step sizes' gradients (`weigh`).
 
 A state is held as slices of NB columns of N, and products over N are sums over slices: what a product reads has to be
-in registers beside the state, and all of its columns do not fit. What is used twice is loaded twice for that, too.
+in registers beside the state, and all of its columns do not fit. What is used twice is loaded twice for that, too, and
+with a store in between where the compiler would else make one load of the two.
+
+Where products are of bfloat16, what goes into the gradients of decays is SPLIT into two terms: these are sums over all
+tokens, in which much cancels that rounding errors do not follow.
 """
 
 from __future__ import annotations
@@ -195,15 +199,15 @@ def emit(
             index = (chunk + c) * H + head
             size, upto, rest, whole = _decays(sums, index, L)
             out = tl.zeros([L, PB], ACC)
+            if grad_y is not None:
+                for s in tl.static_range(SLICES if SPLIT else 0):
+                    C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
+                    out += dot(C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
+                for s in tl.static_range(SLICES):
+                    _store_state(each, index, P, N, p, s * NB + n, h[s])
             for s in tl.static_range(SLICES):
                 C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 out += dot(C_, tl.trans(h[s].to(MUL)), PRECISION)
-                if grad_y is not None:
-                    _store_state(each, index, P, N, p, s * NB + n, h[s])
-            if SPLIT and grad_y is not None:
-                for s in tl.static_range(SLICES):
-                    C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                    out += dot(C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
             out *= upto[:, None]
             if grad_y is not None:
                 g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
@@ -283,9 +287,10 @@ def mirror(
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 to_u += dot(B_, tl.trans(lost(d[s]).to(MUL)), PRECISION)
             for s in tl.static_range(SLICES):
+                _store_state(each, index, P, N, p, s * NB + n, d[s])
+            for s in tl.static_range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 to_u += dot(B_, tl.trans(d[s].to(MUL)), PRECISION)
-                _store_state(each, index, P, N, p, s * NB + n, d[s])
             to_u *= rest[:, None]
             x_ = _load(x, token, count, H * P, head * P, P, p, L, ACC)
             at = parts + ((tl.program_id(2) * 2 + 1) * slots * H + index) * L + i
