@@ -287,19 +287,28 @@ STATEWISE_INLINE Vec<T> exp(Vec<T> x) {
     return exp2<T>(x * kLog2E<T>);
 }
 
-// 1 / x for x from 1e-37 to 1e37, to an ulp or two: an estimate and one of Newton's steps where division is slower.
+// About 1 / x, to 2^-14 or better, for x from 1e-37 to 1e37.
+template <class T>
+STATEWISE_INLINE Vec<T> estimate(Vec<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<T, float>::value) return Vec<T>(_mm512_maskz_rcp14_ps(-1, __m512(x)));
+#endif
+    return T(1) / x;
+}
+
+// 1 / x for such x, to an ulp or two: an estimate and one of Newton's steps where division is slower.
 template <class T>
 STATEWISE_INLINE Vec<T> reciprocal(Vec<T> x) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same<T, float>::value) {
-        Vec<T> estimate = Vec<T>(_mm512_maskz_rcp14_ps(-1, __m512(x)));
-        return estimate * (T(2) - x * estimate);
+        const Vec<T> near = estimate<T>(x);
+        return near * (T(2) - x * near);
     }
 #endif
     return T(1) / x;
 }
 
-// x / y, given about 1 / y: what the inverse's rounding cost is put right.
+// x / y, given an estimate of 1 / y: what it was off by is put right.
 template <class T>
 STATEWISE_INLINE Vec<T> quotient(Vec<T> x, Vec<T> y, Vec<T> inverse) {
     const Vec<T> near = x * inverse;
@@ -312,12 +321,18 @@ STATEWISE_INLINE Vec<T> sigmoid(Vec<T> x) {
     return reciprocal<T>(T(1) + exp2<T>(at_most<T>(x * -kLog2E<T>, splat<T>(T(Float<T>::bias - 5)))));
 }
 
+// -|x|: the sign bit set.
+template <class T>
+STATEWISE_INLINE Vec<T> minus_magnitude(Vec<T> x) {
+    return bits_of<Vec<T>>(bits_of<Int<T>>(x) | ((Int<T>{} + 1) << int(8 * sizeof(T) - 1)));
+}
+
 // ln(1 + e^x), and x itself above 20, as torch has it. With e = e^-|x|, ln(1 + e) is twice the area tangent of
 // e / (2 + e), at most 1/3, whose series needs 7 terms (float64: 17) and keeps its digits where e is tiny.
 template <class T>
 STATEWISE_INLINE Vec<T> softplus(Vec<T> x) {
     constexpr int terms = std::is_same<T, float>::value ? 7 : 17;
-    Vec<T> minus = x < 0 ? x : -x, e = exp<T>(minus), f = e / (e + T(2)), square = f * f;
+    Vec<T> minus = minus_magnitude<T>(x), e = exp<T>(minus), f = e / (e + T(2)), square = f * f;
     Vec<T> series = splat<T>(T(1) / T(2 * terms + 1));
     for (int i = terms - 1; i >= 0; --i) series = series * square + T(1) / T(2 * i + 1);
     Vec<T> value = (x - minus) * T(0.5) + f * series * T(2);  // (x + |x|) / 2 = max(x, 0)
@@ -330,7 +345,7 @@ struct Weights {
     Int<T> a_leads;
     Vec<T> a, b;
     STATEWISE_INLINE explicit Weights(Vec<T> gap) : a_leads(gap <= T(0)) {
-        Vec<T> lesser = exp<T>(a_leads ? gap : -gap), one = splat<T>(T(1));
+        Vec<T> lesser = exp<T>(minus_magnitude<T>(gap)), one = splat<T>(T(1));
         a = a_leads ? one : lesser;
         b = a_leads ? lesser : one;
     }

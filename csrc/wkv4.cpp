@@ -94,7 +94,7 @@ STATEWISE_INLINE Token<T> advance(Vec<T> k, Vec<T> v, const Parameters<T>& of, S
     const Vec<T> weighed = sums.num * token.from_state + token.from_key * v;
     if constexpr (kPlain) {
         token.inverse = reciprocal<T>(total);
-        token.y = quotient<T>(weighed, total, token.inverse);
+        token.y = quotient<T>(weighed, total, estimate<T>(total));
     } else {
         token.inverse = T(1) / total;
         token.y = weighed / total;
