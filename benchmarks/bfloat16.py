@@ -42,7 +42,7 @@ def measure(op: str, lengths: Sequence[int], repeats: int) -> list[dict[str, Any
         for (kind, dtype), values in times.items():
             name = f"{kind}_{str(dtype).removeprefix('torch.')}"
             row[f"{name}_ms"] = round(1e3 * statistics.median(values), 4)
-            row[f"{name}_ms_range"] = [round(1e3 * least, 4) for least in (min(values), max(values))]
+            row[f"{name}_ms_range"] = [round(1e3 * bound, 4) for bound in (min(values), max(values))]
             if rows:
                 beyond = row[f"{name}_ms"] - rows[0][f"{name}_ms"]
                 row[f"{name}_ns_a_token"] = round(1e6 * beyond / (length - 1), 1)

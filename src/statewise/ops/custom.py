@@ -22,7 +22,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-unty
 class Operator:
     """``statewise::NAME``; a call goes through torch's dispatcher."""
 
-    def __init__(self, name: str, schema: str, device_types: Sequence[str], function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, schema: str, device_types: str | Sequence[str], function: Callable[..., Any]) -> None:
         self.name = f"{_NAMESPACE}::{name}"
         torch.library.define(self.name, schema, lib=_library, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(self.name, device_types or "default", _untraced(function), lib=_library)
@@ -51,8 +51,7 @@ def operator(
         schema: arguments and results; nothing that is given is changed, and no result is a view of it.
         device_types: torch's names of the devices that the function runs on; none: on any.
     """
-    devices = (device_types,) if isinstance(device_types, str) else device_types
-    return lambda function: Operator(name, schema, devices, function)
+    return lambda function: Operator(name, schema, device_types, function)
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, lost, sigmoid
+from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, lost, sigmoid, silu
 
 __all__ = ["add_up", "carry", "emit", "gather", "mirror", "pass_on", "weigh"]
 
@@ -139,7 +139,7 @@ def carry(
             left = _load(rows, token, count, H * P, head * P, P, p, L, ACC)
             if z is not None:
                 gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
-                left = left * (gate * sigmoid(gate))
+                left = left * silu(gate)
             right = _load(columns, token, count, H // E * N, head // E * N, N, n, L, MUL)
             weight = upto if REVERSE else rest * size
             left = (left * weight[:, None]).to(MUL)
@@ -213,7 +213,7 @@ def emit(
                 g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
                 if z is not None:
                     gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
-                    g = g * (gate * sigmoid(gate))
+                    g = g * silu(gate)
                     _store(gated, token, count, H * P, head * P, P, p, L, g)
                 tl.store(parts + (tl.program_id(2) * 2 * slots * H + index) * L + i, tl.sum(out * g, 1))
                 if d_D is not None:
@@ -402,7 +402,7 @@ def weigh(
             g = _load(grad_y, first, here, H * P, head * P, P, p, L, ACC)
             if z is not None:
                 gate = _load(z, first, here, H * P, head * P, P, p, L, ACC)
-                g *= gate * sigmoid(gate)
+                g *= silu(gate)
             products += dot(x_, tl.trans(g.to(MUL)), PRECISION)
             if SPLIT and z is not None:
                 products += dot(x_, tl.trans(lost(g).to(MUL)), PRECISION)
