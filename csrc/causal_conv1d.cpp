@@ -47,10 +47,12 @@ struct Convolution {
     STATEWISE_INLINE Vec<T> shift(int64_t c, int64_t left) const { return bias ? load<T>(bias + c, left) : Vec<T>{}; }
 };
 
+// Two sums, as a processor has more of these in flight than it can wait for.
 template <int W, class V>
 STATEWISE_INLINE V weighted(const V* weights, const V* samples, V sum) {
-    for (int j = 0; j < W; ++j) sum += weights[j] * samples[j];
-    return sum;
+    V other{};
+    for (int j = 0; j < W; ++j) (j < W / 2 ? sum : other) += weights[j] * samples[j];
+    return sum + other;
 }
 
 // Calls walk for every vector of a block's channels, with what is there and whether there is an activation as constants.
@@ -114,35 +116,40 @@ void backward_block(
     };
     for (int64_t start = (count - 1) / kTile * kTile; start >= 0 && count; start -= kTile) {
         const int64_t last = std::min(start + kTile, count) - 1, ahead = start ? -kTile * C : 0;
-        for (int64_t c = first; c < first + width; c += kLanes<T>) {
-            const int64_t left = first + width - c;
-            Gradients<T, W> grad = gathered[(c - first) / kLanes<T>];
-            const Taps<T, W> weights = taps[(c - first) / kLanes<T>];
-            Vec<T> samples[W], shift = in.shift(c, left);
-            for (int j = 0; j < W - 1; ++j) samples[j] = in.sample(last - W + 2 + j, c, left);
-            for (int64_t t = last; t >= start; --t) {
-                const int64_t at = (in.span.begin + t) * C + c;
-                __builtin_prefetch(in.x + at + ahead, 0, 2);
-                __builtin_prefetch(grad_y + at + ahead, 0, 2);
-                __builtin_prefetch(grad_x + at + ahead, 1, 2);
-                for (int j = W - 1; j > 0; --j) samples[j] = samples[j - 1], grad.pulls[j] = grad.pulls[j - 1];
-                samples[0] = in.sample(t - before, c, left);
-                Vec<T> g = load<T>(grad_y + at, left);
-                if (in.silu) {
-                    Vec<T> pre = weighted<W>(weights.at, samples, shift), gate = sigmoid<T>(pre);
-                    g *= gate * (T(1) + pre * (T(1) - gate));
+        // Inside, no sample lies before the first one and none in the last window.
+        auto tile = [&](auto inside) {
+            for_vectors<T>(first, width, in.silu, [&](int64_t c, int64_t left, auto silu) {
+                Gradients<T, W> grad = gathered[(c - first) / kLanes<T>];
+                const Taps<T, W> weights = taps[(c - first) / kLanes<T>];
+                Vec<T> samples[W], shift = in.shift(c, left);
+                for (int j = 0; j < W - 1; ++j) samples[j] = in.sample(last - W + 2 + j, c, left);
+                const int64_t at = (in.span.begin + last) * C + c;
+                const IO *x = in.x + at, *from = grad_y + at;
+                IO* to = grad_x + at;
+                for (int64_t t = last; t >= start; --t, x -= C, from -= C, to -= C) {
+                    __builtin_prefetch(x + ahead, 0, 2);
+                    __builtin_prefetch(from + ahead, 0, 2);
+                    __builtin_prefetch(to + ahead, 1, 2);
+                    for (int j = W - 1; j > 0; --j) samples[j] = samples[j - 1], grad.pulls[j] = grad.pulls[j - 1];
+                    samples[0] = inside ? load<T>(x - before * C, left) : in.sample(t - before, c, left);
+                    Vec<T> g = load<T>(from, left);
+                    if (silu) {
+                        Vec<T> pre = weighted<W>(weights.at, samples, shift), gate = sigmoid<T>(pre);
+                        g = (g * gate) * (T(1) + pre * (T(1) - gate));
+                    }
+                    grad.pulls[0] = g;
+                    grad.bias += g;
+                    Vec<T> d = inside ? Vec<T>{} : from_end(t, c, left);
+                    for (int j = W - 1; j >= 0; --j) {
+                        d += weights.at[W - 1 - j] * grad.pulls[j];
+                        grad.weights[j] += g * samples[j];
+                    }
+                    store<T>(to, d, left);
                 }
-                grad.pulls[0] = g;
-                grad.bias += g;
-                Vec<T> d = from_end(t, c, left);
-                for (int j = 0; j < W; ++j) {
-                    d += weights.at[W - 1 - j] * grad.pulls[j];
-                    grad.weights[j] += g * samples[j];
-                }
-                store<T>(grad_x + at, d, left);
-            }
-            gathered[(c - first) / kLanes<T>] = grad;
-        }
+                gathered[(c - first) / kLanes<T>] = grad;
+            });
+        };
+        start >= before && last < count - before ? tile(std::true_type{}) : tile(std::false_type{});
     }
     for (int64_t c = first; c < first + width; c += kLanes<T>) {
         const int64_t left = first + width - c;
