@@ -126,12 +126,12 @@ def measure(contestants: Sequence[_Contestant], tokens: Tensor, autocast: bool, 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: tokens a second over context, and the ratio to the transformer."""
+    """Markdown: tokens a second over context, and the ratio to the transformer that read as many rows."""
     lines = []
     for precision in dict.fromkeys(row["precision"] for row in rows):
         mine = [row for row in rows if row["precision"] == precision]
         contexts = sorted({row["context"] for row in mine})
-        cells = {(row["who"], row["context"]): row["tokens_per_second"] for row in mine}
+        speeds = {(row["who"], row["context"]): row for row in mine}
         lines += [
             f"| {precision} | {' | '.join(f'context {c}' for c in contexts)} |",
             "|---" * (len(contexts) + 1) + "|",
@@ -139,9 +139,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for who in dict.fromkeys(row["who"] for row in mine):
             values = []
             for context in contexts:
-                speed, yardstick = cells.get((who, context)), cells.get(("transformer", context))
-                ratio = f" ({speed / yardstick:.2f}x)" if speed and yardstick and who != "transformer" else ""
-                values.append(f"{speed}{ratio}" if speed else "–")
+                row, yardstick = speeds.get((who, context)), speeds.get(("transformer", context))
+                if row is None:
+                    values.append("–")
+                    continue
+                speed, ratio = row["tokens_per_second"], ""
+                if yardstick and who != "transformer" and row["rows"] == yardstick["rows"]:
+                    ratio = f" ({speed / yardstick['tokens_per_second']:.2f}x)"
+                values.append(f"{speed}{ratio}")
             lines.append(f"| {who} | {' | '.join(values)} |")
         lines.append("")
     return "\n".join(lines)
@@ -184,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in filter(None, options.published.split(",")):
         entrant = _Contestant(name, *PUBLISHED[name](options.layers, options.width))
         tokens = torch.randint(256, (1, options.published_context + 1))
-        twin = _Contestant(name.split()[-1], *_ours(name.split()[-1], options.layers, options.width))
+        ours = name.split()[-1]
+        twin = _Contestant(f"our {ours}, one row", *_ours(ours, options.layers, options.width))
         keep(measure([entrant, twin], tokens, False, 1))
     print("\n" + table(document["rows"]))
 

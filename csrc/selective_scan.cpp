@@ -121,6 +121,7 @@ void forward_block(
                 __builtin_prefetch(in.x + at + ahead, 0, 2);
                 __builtin_prefetch((const char*)in.dt + (at + ahead) * dt_bytes, 0, 2);
                 __builtin_prefetch(y + at + ahead, 1, 2);
+                if (in.z) __builtin_prefetch(in.z + at + ahead, 0, 2);
                 Vec<T> x = load<T>(in.x + at, left), dt = step_size(in, at, c + i, left, shape);
                 store<T>(work.dt + t * lanes, dt);
                 store<T>(work.gain + t * lanes, dt * x);
@@ -288,6 +289,8 @@ void backward_block(
                 store<T>(work.dt + t * lanes, dt);
                 store<T>(work.gain + t * lanes, dt * x);
                 if (in.z) {
+                    __builtin_prefetch(in.z + at + ahead, 0, 2);
+                    __builtin_prefetch(out.z + at + ahead, 1, 2);
                     Vec<T> z = load<T>(in.z + at, left);
                     store<T>(work.y + t * lanes, in.skip ? load<T>(in.skip + c + i, left) * x : zero);
                     g *= z * sigmoid<T>(z);
