@@ -131,6 +131,50 @@ STATEWISE_INLINE void store(rounded_bf16* p, Vec<T> x) {
 }
 #endif
 
+// The same past the caches, which saves reading what is overwritten: for aligned rows that are written in one go and are
+// more than a cache holds. Another thread may read them after `streamed`.
+template <class T>
+STATEWISE_INLINE void stream(T* p, Vec<T> x) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)p, bits_of<__m512i>(x));
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i*)p, bits_of<__m256i>(x));
+#else
+    store<T>(p, x);
+#endif
+}
+
+template <class T, class Half>
+STATEWISE_INLINE void stream_half(Half* p, Vec<T> x) {
+    alignas(64) Half half[kLanes<T>];
+    store<T>(half, x);
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)half));
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)half));
+#else
+    std::memcpy(p, half, sizeof half);
+#endif
+}
+
+template <class T>
+STATEWISE_INLINE void stream(bf16* p, Vec<T> x) {
+    stream_half<T>(p, x);
+}
+
+#if defined(__AVX512F__)
+template <class T>
+STATEWISE_INLINE void stream(rounded_bf16* p, Vec<T> x) {
+    stream_half<T>(p, x);
+}
+#endif
+
+inline void streamed() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 // The first n lanes; the others read as zero and are not written.
 template <class T, class E>
 STATEWISE_INLINE Vec<T> load(const E* p, int64_t n) {

@@ -188,3 +188,25 @@ def test_the_meta_device_is_not_served() -> None:
     x = torch.empty(2, 3, 4, device="meta")
     with pytest.raises(ValueError, match="compiled kernels serve the CPU, not meta"):
         ops.token_mix(x, torch.empty(2, 4, device="meta"), backend="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [1024, 1000])
+def test_large_mixtures_are_those_of_their_pieces(dtype: torch.dtype, width: int) -> None:
+    """What is too much for the caches is written past them: the same bits as in pieces that are not. Rows of 1,000 do
+    not start where lines of memory do."""
+    mix, state = torch.rand(2, width, dtype=torch.float64), torch.randn(2, width, dtype=torch.float64)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(2, (48 << 20) // (4 * width * dtype.itemsize), width).to(dtype)
+    lengths = torch.tensor([x.shape[1], x.shape[1] - 7])
+    ys, end = ops.token_mix(x, mix.to(wide), state=state.to(wide), lengths=lengths, backend="native")
+    assert sum(y.nbytes for y in ys) > 40 << 20
+    carried = state.to(wide)
+    for start in range(0, x.shape[1], 512):
+        piece = x[:, start : start + 512]
+        left = (lengths - start).clamp(0, piece.shape[1])
+        parts, carried = ops.token_mix(piece, mix.to(wide), state=carried, lengths=left, backend="native")
+        for y, part in zip(ys, parts, strict=True):
+            for row, count in enumerate(left.tolist()):
+                assert torch.equal(y[row, start : start + count], part[row, :count])
+    assert torch.equal(end, carried)

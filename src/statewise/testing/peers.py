@@ -38,7 +38,7 @@ def ours(op: str, backend: str, **options: Any) -> Run:
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         result = function(**inputs, **options, backend=backend)
         y = result if isinstance(result, Tensor) else result[0]  # bi_wkv has no state
-        return y if isinstance(y, Tensor) else torch.stack(y, -1)  # token_mix has several outputs
+        return y if isinstance(y, Tensor) else torch.stack(y)  # token_mix has several outputs
 
     return run
 
