@@ -54,7 +54,7 @@ class _Adapter(NamedTuple):
 
 def join(ys: Tensor | Sequence[Tensor]) -> Tensor:
     """One tensor of what an operator of several outputs returns."""
-    return ys if isinstance(ys, Tensor) else torch.stack(list(ys), -1)
+    return ys if isinstance(ys, Tensor) else torch.stack(list(ys))
 
 
 def _first(result: Any) -> Tensor:

@@ -47,7 +47,7 @@ struct Convolution {
     STATEWISE_INLINE Vec<T> shift(int64_t c, int64_t left) const { return bias ? load<T>(bias + c, left) : Vec<T>{}; }
 };
 
-// Two sums, as a processor has more of these in flight than it can wait for.
+// In two sums: what one waits for, the other need not.
 template <int W, class V>
 STATEWISE_INLINE V weighted(const V* weights, const V* samples, V sum) {
     V other{};

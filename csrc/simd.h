@@ -131,8 +131,8 @@ STATEWISE_INLINE void store(rounded_bf16* p, Vec<T> x) {
 }
 #endif
 
-// The same past the caches, which saves reading what is overwritten: for aligned rows that are written in one go and are
-// more than a cache holds. Another thread may read them after `streamed`.
+// The same past the caches, which saves reading what is overwritten: for whole vectors of rows that start on a line of
+// memory, are written from their first to their last, and are more than a cache holds. After `streamed` others may read.
 template <class T>
 STATEWISE_INLINE void stream(T* p, Vec<T> x) {
 #if defined(__AVX512F__)

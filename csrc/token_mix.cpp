@@ -2,7 +2,8 @@
 //
 //     y_m,t = x_t + (x_{t-1} - x_t) mix_m        for m < M, each an array of its own
 //
-// A row is read once for all mixtures; large ones are written past the caches. Backward walks from the end, so that what a token owes its successor is at hand.
+// A row is read once for all mixtures; many and large ones are written past the caches. Backward walks from the end, so
+// that what a token owes its successor is at hand.
 
 #include "rows.h"
 #include "simd.h"
