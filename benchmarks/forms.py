@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statewise.testing.peers import join
+
 __all__ = ["FORMS"]
 
 
@@ -81,7 +83,7 @@ def _mix_shifted(inputs: Mapping[str, Tensor]) -> Tensor:
     """A shift, then one interpolation a mixture."""
     x = inputs["x"]
     change = F.pad(x, (0, 0, 1, -1)) - x
-    return torch.stack([x + change * mix for mix in inputs["mix"].unbind(0)])
+    return join([x + change * mix for mix in inputs["mix"].unbind(0)])
 
 
 #: Operator of the benchmark → name → form.

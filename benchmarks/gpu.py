@@ -31,13 +31,13 @@ from torch import Tensor
 
 from benchmarks.gpu_ahead import count_bytes, launches
 from benchmarks.gpu_cases import CASES, GpuCase
-from benchmarks.gpu_peers import GpuPeer, attention, find_gpu_peers, join
+from benchmarks.gpu_peers import GpuPeer, attention, find_gpu_peers
 from benchmarks.machine import describe
 from benchmarks.plot import draw_gpu, gpu_table
 from statewise import ops
 from statewise.files import atomic_write
 from statewise.ops import gpu
-from statewise.testing.peers import ours
+from statewise.testing.peers import join, ours
 
 __all__ = ["CudaClock", "draw", "main", "measure", "recurrence_flops", "scaled"]
 

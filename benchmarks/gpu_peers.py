@@ -9,7 +9,7 @@ cannot be had is told with its reason. What a peer wants laid out otherwise is l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.forms import FORMS
 from benchmarks.gpu_cases import GpuCase
+from statewise.testing.peers import join
 
 __all__ = ["GpuPeer", "attention", "find_gpu_peers", "join"]
 
@@ -50,11 +51,6 @@ class _Adapter(NamedTuple):
     prepare: Callable[[Inputs], dict[str, Tensor]]
     run: Callable[[Inputs], Any]
     finish: Callable[[Any], Tensor] = lambda y: y
-
-
-def join(ys: Tensor | Sequence[Tensor]) -> Tensor:
-    """One tensor of what an operator of several outputs returns."""
-    return ys if isinstance(ys, Tensor) else torch.stack(list(ys))
 
 
 def _first(result: Any) -> Tensor:

@@ -133,41 +133,19 @@ STATEWISE_INLINE void store(rounded_bf16* p, Vec<T> x) {
 
 // The same past the caches, which saves reading what is overwritten: for whole vectors of rows that start on a line of
 // memory, are written from their first to their last, and are more than a cache holds. After `streamed` others may read.
-template <class T>
-STATEWISE_INLINE void stream(T* p, Vec<T> x) {
+template <class T, class IO>
+STATEWISE_INLINE void stream(IO* p, Vec<T> x) {
+    alignas(64) IO values[kLanes<T>];
+    store<T>(values, x);
 #if defined(__AVX512F__)
-    _mm512_stream_si512((__m512i*)p, bits_of<__m512i>(x));
-#elif defined(__AVX2__)
-    _mm256_stream_si256((__m256i*)p, bits_of<__m256i>(x));
-#else
-    store<T>(p, x);
+    if constexpr (sizeof values == 64) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(values));
 #endif
-}
-
-template <class T, class Half>
-STATEWISE_INLINE void stream_half(Half* p, Vec<T> x) {
-    alignas(64) Half half[kLanes<T>];
-    store<T>(half, x);
-#if defined(__AVX512F__)
-    _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)half));
-#elif defined(__AVX2__)
-    _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)half));
-#else
-    std::memcpy(p, half, sizeof half);
+#if defined(__AVX2__)
+    if constexpr (sizeof values == 32) return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((__m256i*)values));
+    if constexpr (sizeof values == 16) return _mm_stream_si128((__m128i*)p, _mm_load_si128((__m128i*)values));
 #endif
+    std::memcpy(p, values, sizeof values);
 }
-
-template <class T>
-STATEWISE_INLINE void stream(bf16* p, Vec<T> x) {
-    stream_half<T>(p, x);
-}
-
-#if defined(__AVX512F__)
-template <class T>
-STATEWISE_INLINE void stream(rounded_bf16* p, Vec<T> x) {
-    stream_half<T>(p, x);
-}
-#endif
 
 inline void streamed() {
 #if defined(__AVX2__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from statewise import ops
 
-__all__ = ["PEERS", "Peer", "Run", "find_peers", "ours", "rwkv_lm_loop"]
+__all__ = ["PEERS", "Peer", "Run", "find_peers", "join", "ours", "rwkv_lm_loop"]
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -31,14 +31,18 @@ class Peer(NamedTuple):
     run: Run
 
 
+def join(ys: Tensor | Sequence[Tensor]) -> Tensor:
+    """One tensor of what an operator returns: token_mix has several outputs, stacked along a new first axis."""
+    return ys if isinstance(ys, Tensor) else torch.stack(list(ys))
+
+
 def ours(op: str, backend: str, **options: Any) -> Run:
     """Our own operator, as a peer is run: one tensor, whatever the operator returns."""
     function = getattr(ops, op)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         result = function(**inputs, **options, backend=backend)
-        y = result if isinstance(result, Tensor) else result[0]  # bi_wkv has no state
-        return y if isinstance(y, Tensor) else torch.stack(y)  # token_mix has several outputs
+        return join(result if isinstance(result, Tensor) else result[0])  # bi_wkv has no state
 
     return run
 
