@@ -4,8 +4,8 @@
 
 Every operator runs on CPU tensors that nobody fills, its launches noted instead of made. Each distinct launch is
 compiled for each architecture, and the assembler's own report read: registers, bytes of stack (spilled registers) and
-shared memory. At the published shape, the tensors of all launches are added up: what is read and written at least once
-a launch.
+shared memory; and, from the intermediate code, how often matrix products are made. At the published shape, the tensors
+of all launches are added up: what is read and written at least once a launch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from statewise import ops
 from statewise.files import atomic_write
 from statewise.ops import gpu
 
-__all__ = ["compile_launch", "count_bytes", "launches", "main"]
+__all__ = ["compile_launch", "count_bytes", "launches", "main", "repeated"]
 
 _NAMES = {
     torch.float32: "fp32",
@@ -88,8 +88,32 @@ def signature(one: gpu.Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return types, constants, known
 
 
-def compile_launch(one: gpu.Launch, capability: int) -> dict[str, int]:
-    """Compile for ``sm_CAPABILITY``; registers, stack and shared bytes of the machine code.
+def repeated(ttgir: str) -> float:
+    """How often a kernel's matrix products are made, on average over their multiply-adds as the code spells them (a
+    loop counts once): above 1 where warps laid along one axis reach past the tile, and make the same rows again.
+
+    Nothing is repeated on Blackwell's tensor memory, where no warp holds a product. 1 without any.
+    """
+    layouts = {}
+    for name, said in re.findall(r"^(#\w+) = #ttg\.nvidia_mma<\{(.*?)\}>", ttgir, re.M):
+        warps, shape = (re.search(rf"{key} = \[([\d, ]+)\]", said) for key in ("warpsPerCTA", "instrShape"))
+        assert warps is not None, said
+        assert shape is not None, said
+        layouts[name] = [[int(n) for n in found[1].split(",")][:2] for found in (warps, shape)]
+    made = needed = 0.0
+    number = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x"
+    products = rf"(?:tt\.dot|warp_group_dot) .*? : {number}.*? \* {number}.*? -> tensor<\d+x\d+xf(?:32|64), (#\w+)>"
+    for rows, inner, _, columns, layout in re.findall(products, ttgir):
+        work, times = int(rows) * int(inner) * int(columns), 1.0
+        for size, warps, tile in zip((rows, columns), *layouts.get(layout, [[1, 1]] * 2), strict=True):
+            times *= max(1.0, warps * tile / int(size))
+        made, needed = made + work * times, needed + work
+    return made / needed if needed else 1.0
+
+
+def compile_launch(one: gpu.Launch, capability: int) -> dict[str, float]:
+    """Compile for ``sm_CAPABILITY``; registers, stack and shared bytes of the machine code, and what is
+    :func:`repeated`.
 
     Raises:
         RuntimeError: this process runs kernels in the interpreter, where nothing is compiled.
@@ -113,7 +137,12 @@ def compile_launch(one: gpu.Launch, capability: int) -> dict[str, int]:
     if found is None:
         raise RuntimeError(f"no resource report for {one.kernel.__name__}: {report.stdout[:200]}")
     registers, stack, _, local = map(int, found.groups())
-    return {"registers": registers, "spilled_bytes": stack + local, "shared_bytes": compiled.metadata.shared}
+    return {
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "shared_bytes": compiled.metadata.shared,
+        "repeated": round(repeated(compiled.asm["ttgir"]), 2),
+    }
 
 
 def _distinct(noted: Sequence[gpu.Launch]) -> list[gpu.Launch]:

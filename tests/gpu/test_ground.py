@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 parts = pytest.importorskip("statewise.ops.triton_parts")
 # Names that kernels use must be globals of this module.
-locate_slot, dot = parts.locate_slot, parts.dot
+locate_slot, apart, dot, onto = parts.locate_slot, parts.apart, parts.dot, parts.onto
 softplus, sigmoid, silu = parts.softplus, parts.sigmoid, parts.silu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -298,6 +298,37 @@ def test_rounded_products_are_rounded_once_and_to_nearest(which: str) -> None:
 )
 def test_exact_products(dtype: torch.dtype, precision: str, bound: float) -> None:
     assert _dot_error(dtype, precision) <= bound
+
+
+@triton.jit
+def _products(a, b, c, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    left = tl.load(a + m[:, None] * N + n[None, :])
+    right = tl.load(b + n[:, None] * M + m[None, :])
+    first = apart(left, right, PRECISION)
+    tl.store(c + m[:, None] * M + m[None, :], onto(first, left + 1, right, PRECISION, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_products_in_blocks_of_their_own(dtype: torch.dtype) -> None:
+    """On a CPU float32 goes the way it would on a GPU, in three parts, but for what TF32 rounds of them."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    a, b = (torch.randn(shape, dtype=wide, device=DEVICE) for shape in ((32, 64), (64, 32)))
+    precision = gpu.dot_precision(dtype) if dtype != torch.float32 else "tf32x3"
+    c = torch.empty(32, 32, dtype=wide, device=DEVICE)
+    gpu.launch(_products, (1,), a, b, c, PRECISION=precision, M=32, N=64)
+    want = (2 * a.double() + 1) @ b.double()
+    assert (c.double() - want).norm() <= {8: 1e-15, 4: 1e-6, 2: 5e-3}[dtype.itemsize] * want.norm()
+
+
+def test_infinite_factors_of_three_products_stay_where_they_are() -> None:
+    a, b = torch.randn(32, 64, device=DEVICE), torch.rand(64, 32, device=DEVICE) + 0.1
+    a[3, 5], a[7, 0], b[9, 4] = torch.inf, -torch.inf, torch.inf
+    c = torch.empty(32, 32, device=DEVICE)
+    gpu.launch(_products, (1,), a, b, c, PRECISION="tf32x3", M=32, N=64)
+    want = a @ b + (a + 1) @ b
+    assert torch.equal(c.isfinite(), want.isfinite())
+    torch.testing.assert_close(c[c.isfinite()], want[want.isfinite()], rtol=1e-5, atol=1e-4)
 
 
 def alone(code: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dot", "first_slot", "locate_row", "locate_slot", "lost", "sigmoid", "silu", "softplus"]
+__all__ = ["apart", "dot", "first_slot", "locate_row", "locate_slot", "lost", "sigmoid", "silu", "softplus"]
 
 
 @triton.jit
@@ -90,6 +90,49 @@ def dot(a, b, PRECISION: tl.constexpr):
     else:
         c = tl.dot(a, b, input_precision=PRECISION)
     return c
+
+
+@triton.jit
+def _three(c, a, b, TURN: tl.constexpr):
+    """c + a @ b as three TF32 products of what TF32 holds of a and b and of what it loses, each in a block of its own
+    (see :func:`onto`; Triton's "tf32x3" puts them into one). An infinite factor gives NaN."""
+    a_held = _round_tf32(a)
+    b_held = _round_tf32(b)
+    if tl.program_id(2) >= -3 * TURN:
+        c = tl.dot(a - a_held, b_held, c, input_precision="tf32")
+    if tl.program_id(2) >= -3 * TURN - 1:
+        c = tl.dot(a_held, b - b_held, c, input_precision="tf32")
+    if tl.program_id(2) >= -3 * TURN - 2:
+        c = tl.dot(a_held, b_held, c, input_precision="tf32")
+    return c
+
+
+@triton.jit
+def onto(c, a, b, PRECISION: tl.constexpr, TURN: tl.constexpr = 0):
+    """c + :func:`dot`, the product in a block of its own.
+
+    Where another product of the same block hangs together with one, Triton lays all warps along one axis. Of a tile
+    too low for them several then make the same rows, and each holds a whole operand in its registers. By itself, a
+    product has its warps along both axes. The condition always holds; only the last stage of compilation knows that,
+    and drops it.
+
+    A loop whose loads should be under way before they are needed takes :func:`dot` for its first product instead: what
+    is in a block of its own is not started ahead.
+
+    TURN: two products with nothing in between need different ones, or their blocks are made one.
+    """
+    if PRECISION == "tf32x3":
+        c = _three(c, a, b, TURN)
+    elif tl.program_id(2) >= -TURN:
+        c += dot(a, b, PRECISION)
+    return c
+
+
+@triton.jit
+def apart(a, b, PRECISION: tl.constexpr, TURN: tl.constexpr = 0):
+    """:func:`onto` zero."""
+    c = tl.zeros([a.shape[0], b.shape[1]], a.dtype if PRECISION == "ieee" else tl.float32)
+    return onto(c, a, b, PRECISION, TURN)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, lost, sigmoid, silu
+from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot, lost, onto, sigmoid, silu
 
 __all__ = ["add_up", "carry", "emit", "gather", "mirror", "pass_on", "weigh"]
 
@@ -202,12 +202,12 @@ def emit(
             if grad_y is not None:
                 for s in tl.static_range(SLICES if SPLIT else 0):
                     C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                    out += dot(C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
+                    out = onto(out, C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
                 for s in tl.static_range(SLICES):
                     _store_state(each, index, P, N, p, s * NB + n, h[s])
             for s in tl.static_range(SLICES):
                 C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                out += dot(C_, tl.trans(h[s].to(MUL)), PRECISION)
+                out = onto(out, C_, tl.trans(h[s].to(MUL)), PRECISION)
             out *= upto[:, None]
             if grad_y is not None:
                 g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
@@ -228,7 +228,7 @@ def emit(
                 size, upto, rest, whole = _decays(sums, index, L)
                 weights = (weights * _between(sums, index, L, False) * size[None, :]).to(MUL)
                 x_ = _load(x, token, count, H * P, head * P, P, p, L, MUL)
-                out += dot(weights, x_, PRECISION)
+                out = onto(out, weights, x_, PRECISION)
                 if D is not None:
                     out += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * x_.to(ACC)
                 if z is not None:
@@ -248,7 +248,7 @@ def emit(
             following = ()
             for s in tl.static_range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                following += (whole * h[s] + dot(late, B_, PRECISION),)
+                following += (onto(whole * h[s], late, B_, PRECISION),)
             h = following
         if end is not None:  # noqa: SIM102 - known when compiling, the other is not
             if final:
@@ -285,12 +285,12 @@ def mirror(
             to_u = tl.zeros([L, PB], ACC)
             for s in tl.static_range(SLICES if SPLIT else 0):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                to_u += dot(B_, tl.trans(lost(d[s]).to(MUL)), PRECISION)
+                to_u = onto(to_u, B_, tl.trans(lost(d[s]).to(MUL)), PRECISION)
             for s in tl.static_range(SLICES):
                 _store_state(each, index, P, N, p, s * NB + n, d[s])
             for s in tl.static_range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                to_u += dot(B_, tl.trans(d[s].to(MUL)), PRECISION)
+                to_u = onto(to_u, B_, tl.trans(d[s].to(MUL)), PRECISION)
             to_u *= rest[:, None]
             x_ = _load(x, token, count, H * P, head * P, P, p, L, ACC)
             at = parts + ((tl.program_id(2) * 2 + 1) * slots * H + index) * L + i
@@ -302,7 +302,7 @@ def mirror(
                 weights += dot(B_, tl.trans(C_), PRECISION)
             weights = (weights * _between(sums, index, L, True)).to(MUL)
             g_ = _load(g, token, count, H * P, head * P, P, p, L, MUL)
-            to_u += dot(weights, g_, PRECISION)
+            to_u = onto(to_u, weights, g_, PRECISION)
             size, upto, rest, whole = _decays(sums, index, L)
             to_x = to_u * size[:, None]
             if D is not None:
@@ -314,7 +314,7 @@ def mirror(
             following = ()
             for s in tl.static_range(SLICES):
                 C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                following += (whole * d[s] + dot(early, C_, PRECISION),)
+                following += (onto(whole * d[s], early, C_, PRECISION),)
             d = following
         if segment == 0:
             for s in tl.static_range(SLICES):
@@ -403,9 +403,9 @@ def weigh(
             if z is not None:
                 gate = _load(z, first, here, H * P, head * P, P, p, L, ACC)
                 g *= silu(gate)
-            products += dot(x_, tl.trans(g.to(MUL)), PRECISION)
+            products = onto(products, x_, tl.trans(g.to(MUL)), PRECISION)
             if SPLIT and z is not None:
-                products += dot(x_, tl.trans(lost(g).to(MUL)), PRECISION)
+                products = onto(products, x_, tl.trans(lost(g).to(MUL)), PRECISION)
             from_begin += tl.load(parts + (k * 2 * slots * H + index) * L + i)
             to_dt += tl.load(parts + ((k * 2 + 1) * slots * H + index) * L + i)
         products *= scores * _between(sums, index, L, True)

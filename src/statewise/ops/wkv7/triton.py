@@ -21,8 +21,8 @@ __all__ = ["MOST", "wkv7"]
 MOST = 128
 
 _CHUNK = 32
-# Key rows at a time where not all are needed at once, forward and backward.
-_BANDS = (32, 64)
+# Key rows at a time where not all are needed at once.
+_BAND = 32
 
 
 class _Plan(NamedTuple):
@@ -116,9 +116,8 @@ class _Kernels:
             **plan.sizes,
             RAGGED=at.ragged,
             KEEP=keep,
-            CB=min(_BANDS[0], plan.KP),
+            CB=min(_BAND, plan.KP),
             FINE=plan.fine,
-            warps=8,
         )
         self._scan(kernels.scan, (move, add, decay, state, states, end), plan, at, reverse=False)
         given = (read, add_y, states, y, *at.arguments, plan.H, plan.V)
@@ -145,7 +144,7 @@ class _Kernels:
             *(*at.arguments, plan.H, plan.K, plan.V),
             **plan.sizes,
             RAGGED=at.ragged,
-            CB=min(_BANDS[1], plan.KP),
+            CB=min(_BAND, plan.KP),
             FINE=plan.fine,
             warps=8,
         )

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statewise.ops.triton_parts import dot, first_slot, locate_row, locate_slot
+from statewise.ops.triton_parts import apart, dot, first_slot, locate_row, locate_slot, onto
 
 __all__ = ["backward", "chunk", "emit", "pull", "scan"]
 
@@ -114,9 +114,9 @@ def _products(
     up = tl.exp(middle - upto)
     xs = _tokens(x, first, here, head, H, K, c0, L, CB, 0, ACC) * tl.exp((before if STRICT else upto) - middle)
     bs = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * up
-    xb += dot(xs, tl.trans(bs), FINE)
+    xb = onto(xb, xs, tl.trans(bs), FINE)
     ks = _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * up
-    xk += dot(xs, tl.trans(ks), FINE)
+    xk = onto(xk, xs, tl.trans(ks), FINE)
     return xb, xk
 
 
@@ -172,7 +172,7 @@ def _inverse(n, L: tl.constexpr, FINE: tl.constexpr):
         later = t[:, None] // size
         earlier = t[None, :] // size
         border = tl.where((later // 2 == earlier // 2) & (later > earlier), n, 0.0)
-        x += dot(dot(x, border, FINE), x, FINE)
+        x = onto(x, apart(x, border, FINE), x, FINE, 1)
         size *= 2
     return x
 
@@ -189,25 +189,26 @@ def _chunk(
     if KEEP:
         tl.store(_tile(inverse, at, L, L), x.to(MID))
     vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, ACC)
-    u = dot(x, dot(ak, vs, FINE), FINE)
+    u = apart(x, apart(ak, vs, FINE), FINE, 1)
     rb, rk = _all_products(r, log_w, k, b, first, here, head, H, K, L, KP, CB, False, ACC, STRONG, FINE)
-    tl.store(_tile(add_y, at, L, VP), (dot(rk, vs, FINE) + dot(rb, u, FINE)).to(MID))
     x = x.to(MID)
+    vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, ACC)
+    tl.store(_tile(add_y, at, L, VP), onto(apart(rk, vs, FINE), rb, u, FINE, 1).to(MID))
     rb = rb.to(MID)
     u = u.to(MID)
     vs = vs.to(MID)
     upto, before, _, total = _decays(log_w, first, here, head, H, K, 0, L, KP, ACC, STRONG)
     as_ = _tokens(a, first, here, head, H, K, 0, L, KP, 0, ACC) * tl.exp(before)
-    w = dot(x, as_.to(MID), PRECISION).to(MID)
+    w = apart(x, as_.to(MID), PRECISION).to(MID)
     rs = _tokens(r, first, here, head, H, K, 0, L, KP, 0, ACC) * tl.exp(upto)
-    tl.store(_tile(read, at, L, KP), (rs + dot(rb, w, PRECISION)).to(MID))
+    tl.store(_tile(read, at, L, KP), onto(rs, rb, w, PRECISION).to(MID))
     tl.store(decay + at * KP + tl.arange(0, KP), tl.exp(total))
     for c0 in range(0, KP, CB):
         out = tl.exp(_decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)[2])
         bs = tl.trans((_tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * out).to(MID))
-        tl.store(_band(move, at, c0, KP, CB, KP), dot(bs, w, PRECISION).to(MID))
+        tl.store(_band(move, at, c0, KP, CB, KP), apart(bs, w, PRECISION).to(MID))
         ks = tl.trans((_tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * out).to(MID))
-        more = dot(bs, u, PRECISION) + dot(ks, vs, PRECISION)
+        more = onto(apart(bs, u, PRECISION), ks, vs, PRECISION, 1)
         tl.store(_band(add, at, c0, KP, CB, VP), more.to(MID))
 
 
@@ -352,6 +353,36 @@ def _grads_strong(
 
 
 @triton.jit
+def _grads_weak(
+    d_rb, d_rk, d_ab, d_ak, r, log_w, k, a, b, first, here, head, H, K, c0,
+    L: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """What :func:`_products` gives back to columns of r, a, b and k, and what passes over the steps of log_w: of r, b
+    and k after a step, of a before it."""
+    upto, before, _, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, False)
+    middle = 0.5 * total[None, :]
+    up = tl.exp(middle - upto)
+    down = tl.exp(upto - middle)
+    down_a = tl.exp(before - middle)
+    rs = _tokens(r, first, here, head, H, K, c0, L, CB, 0, ACC) * down
+    as_ = _tokens(a, first, here, head, H, K, c0, L, CB, 0, ACC) * down_a
+    bs = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * up
+    d_bs = apart(tl.trans(d_rb), rs, FINE)
+    d_bs = onto(d_bs, tl.trans(d_ab), as_, FINE, 1)
+    d_rs = apart(d_rb, bs, FINE)
+    d_as = apart(d_ab, bs, FINE, 1)
+    ks = _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * up
+    d_ks = apart(tl.trans(d_rk), rs, FINE)
+    d_ks = onto(d_ks, tl.trans(d_ak), as_, FINE, 1)
+    d_rs = onto(d_rs, d_rk, ks, FINE)
+    d_as = onto(d_as, d_ak, ks, FINE, 1)
+    # A difference of sums over pairs of positions: those that do not pass over a step cancel, as the very products
+    # are added up on both sides.
+    passed = rs * d_rs - bs * d_bs - ks * d_ks
+    return d_rs * down, d_as * down_a, d_bs * up, d_ks * up, passed, as_ * d_as
+
+
+@triton.jit
 def _finish(
     d_rs, d_as, d_bs, d_ks, d_ws, passed, passed_a, found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
     d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, c0, L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
@@ -364,22 +395,21 @@ def _finish(
     """
     upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
     start = tl.load(_band(states, at, c0, KP, CB, VP))
-    reach = dot(dy, tl.trans(start), PRECISION) * tl.exp(upto)
+    reach = apart(dy, tl.trans(start), PRECISION) * tl.exp(upto)
     passed += _tokens(r, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_r, d_rs + reach, first, here, head, H, K, c0, L, CB)
-    reach = dot(e, tl.trans(start), PRECISION) * tl.exp(before)
+    reach = apart(e, tl.trans(start), PRECISION) * tl.exp(before)
     passed_a += _tokens(a, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_a, d_as + reach, first, here, head, H, K, c0, L, CB)
     d_ws += tl.cumsum(passed + passed_a, 0, reverse=True) - passed_a
     out = tl.exp(after)
     pulled = tl.load(_band(grad_states, at, c0, KP, CB, VP))
-    reach = dot(found, tl.trans(pulled), PRECISION) * out
+    reach = apart(found, tl.trans(pulled), PRECISION) * out
     ahead = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_b, d_bs + reach, first, here, head, H, K, c0, L, CB)
-    reach = dot(vs, tl.trans(pulled), PRECISION) * out
+    reach = apart(vs, tl.trans(pulled), PRECISION) * out
     ahead += _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * reach
     _put(d_k, d_ks + reach, first, here, head, H, K, c0, L, CB)
-    start = tl.load(_band(states, at, c0, KP, CB, VP))
     d_ws += tl.cumsum(ahead, 0) - ahead + (tl.exp(total) * tl.sum(start.to(ACC) * pulled.to(ACC), 1))[None, :]
     _put(d_w, d_ws, first, here, head, H, K, c0, L, CB)
 
@@ -393,75 +423,49 @@ def _backward(
     MID: tl.constexpr = states.dtype.element_ty
     _, ak = _all_products(a, log_w, k, b, first, here, head, H, K, L, KP, CB, True, ACC, STRONG, FINE)
     vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, ACC)
-    found = dot(ak, vs, FINE)
+    found = apart(ak, vs, FINE)
     for c0 in range(0, KP, CB):
-        upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
+        before = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)[1]
         a_in = _tokens(a, first, here, head, H, K, c0, L, CB, 0, ACC) * tl.exp(before)
-        found += dot(a_in.to(MID), tl.load(_band(states, at, c0, KP, CB, VP)), PRECISION)
-    found = dot(tl.load(_tile(inverse, at, L, L)).to(ACC), found, FINE).to(MID)
+        found = onto(found, a_in.to(MID), tl.load(_band(states, at, c0, KP, CB, VP)), PRECISION)
+    found = apart(tl.load(_tile(inverse, at, L, L)).to(ACC), found, FINE).to(MID)
     ak = ak.to(MID)
     rb, rk = _all_products(r, log_w, k, b, first, here, head, H, K, L, KP, CB, False, ACC, STRONG, FINE)
     dy = _tokens(grad_y, first, here, head, H, V, 0, L, VP, 0, ACC)
-    d_found = dot(tl.trans(rb), dy, FINE)
-    d_vs = dot(tl.trans(rk.to(MID)), dy.to(MID), PRECISION)
+    d_found = apart(tl.trans(rb), dy, FINE)
+    d_vs = apart(tl.trans(rk.to(MID)), dy.to(MID), PRECISION)
     for c0 in range(0, KP, CB):
-        upto, before, after, total = _decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)
-        out = tl.exp(after)
+        out = tl.exp(_decays(log_w, first, here, head, H, K, c0, L, CB, ACC, STRONG)[2])
         pulled = tl.load(_band(grad_states, at, c0, KP, CB, VP))
         b_out = _tokens(b, first, here, head, H, K, c0, L, CB, 0, ACC) * out
-        d_found += dot(b_out.to(MID), pulled, PRECISION)
+        d_found = onto(d_found, b_out.to(MID), pulled, PRECISION)
         k_out = _tokens(k, first, here, head, H, K, c0, L, CB, 0, ACC) * out
-        d_vs += dot(k_out.to(MID), pulled, PRECISION)
+        d_vs = onto(d_vs, k_out.to(MID), pulled, PRECISION)
     x = tl.load(_tile(inverse, at, L, L)).to(ACC)
-    e = dot(tl.trans(x), d_found, FINE).to(MID)
-    _put(d_v, d_vs + dot(tl.trans(ak), e, PRECISION), first, here, head, H, V, 0, L, VP)
+    e = apart(tl.trans(x), d_found, FINE).to(MID)
+    _put(d_v, onto(d_vs, tl.trans(ak), e, PRECISION), first, here, head, H, V, 0, L, VP)
 
     vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, MID)
     dy = _tokens(grad_y, first, here, head, H, V, 0, L, VP, 0, MID)
-    if STRONG:
-        d_rb = _causal(dot(dy, tl.trans(found), PRECISION), L, False)
-        d_rk = _causal(dot(dy, tl.trans(vs), PRECISION), L, False)
-        d_ab = _causal(dot(e, tl.trans(found), PRECISION), L, True)
-        d_ak = _causal(dot(e, tl.trans(vs), PRECISION), L, True)
-        for c0 in range(0, KP, CB):
+    d_rb = _causal(apart(dy, tl.trans(found), PRECISION), L, False)
+    d_rk = _causal(apart(dy, tl.trans(vs), PRECISION, 1), L, False)
+    d_ab = _causal(apart(e, tl.trans(found), PRECISION), L, True)
+    d_ak = _causal(apart(e, tl.trans(vs), PRECISION, 1), L, True)
+    for c0 in range(0, KP, CB):
+        if STRONG:
             d_rs, d_as, d_bs, d_ks, d_ws = _grads_strong(
                 d_rb, d_rk, d_ab, d_ak, r, log_w, k, a, b, first, here, head, H, K, c0, L, CB, ACC
             )
-            none = tl.zeros([L, CB], ACC)
-            _finish(
-                d_rs, d_as, d_bs, d_ks, d_ws, none, none, found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
-                d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, c0, L, KP, VP, CB, ACC, True, PRECISION,
-            )  # fmt: skip
-    else:
-        # One product of positions at a time: held as operands, two copies each, four would not fit.
-        upto, before, after, total = _decays(log_w, first, here, head, H, K, 0, L, KP, ACC, False)
-        middle = 0.5 * total[None, :]
-        up = tl.exp(middle - upto)
-        down = tl.exp(upto - middle)
-        down_a = tl.exp(before - middle)
-        rs = _tokens(r, first, here, head, H, K, 0, L, KP, 0, ACC) * down
-        bs = _tokens(b, first, here, head, H, K, 0, L, KP, 0, ACC) * up
-        d = _causal(dot(dy, tl.trans(found), PRECISION), L, False)
-        d_rs = dot(d, bs, FINE)
-        d_bs = dot(tl.trans(d), rs, FINE)
-        ks = _tokens(k, first, here, head, H, K, 0, L, KP, 0, ACC) * up
-        d = _causal(dot(dy, tl.trans(vs), PRECISION), L, False)
-        d_rs += dot(d, ks, FINE)
-        d_ks = dot(tl.trans(d), rs, FINE)
-        as_ = _tokens(a, first, here, head, H, K, 0, L, KP, 0, ACC) * down_a
-        d = _causal(dot(e, tl.trans(found), PRECISION), L, True)
-        d_as = dot(d, bs, FINE)
-        d_bs += dot(tl.trans(d), as_, FINE)
-        d = _causal(dot(e, tl.trans(vs), PRECISION), L, True)
-        d_as += dot(d, ks, FINE)
-        d_ks += dot(tl.trans(d), as_, FINE)
-        # A difference of sums over pairs of positions: those that do not pass over a step cancel, as the very products
-        # are added up on both sides.
-        passed = rs * d_rs - bs * d_bs - ks * d_ks
+            passed = tl.zeros([L, CB], ACC)
+            passed_a = tl.zeros([L, CB], ACC)
+        else:
+            d_rs, d_as, d_bs, d_ks, passed, passed_a = _grads_weak(
+                d_rb, d_rk, d_ab, d_ak, r, log_w, k, a, b, first, here, head, H, K, c0, L, CB, ACC, FINE
+            )
+            d_ws = tl.zeros([L, CB], ACC)
         _finish(
-            d_rs * down, d_as * down_a, d_bs * up, d_ks * up, tl.zeros([L, KP], ACC), passed, as_ * d_as,
-            found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
-            d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, 0, L, KP, VP, KP, ACC, False, PRECISION,
+            d_rs, d_as, d_bs, d_ks, d_ws, passed, passed_a, found, e, vs, dy, r, log_w, k, a, b, states, grad_states,
+            d_r, d_w, d_k, d_a, d_b, at, first, here, head, H, K, c0, L, KP, VP, CB, ACC, STRONG, PRECISION,
         )  # fmt: skip
 
 
