@@ -51,8 +51,9 @@ class _Plan:
         self.groups, self.tokens = B.shape[2], x.shape[0] * x.shape[1]
         precision = _precision(call.inputs, options[0], state.dtype)
         half = precision.startswith("bf16")
-        # Of what is only ever multiplied.
+        # Of what is only ever multiplied, and of the states stored for that, which have a power of two to each.
         self.factor = torch.bfloat16 if half else state.dtype
+        self.stored = torch.float16 if half else state.dtype
         self.chunk = 64 if half else 32
         # What lets every program have all of its numbers in registers, on all GPUs.
         width, wide = min(_tile(self.P), 64 if half else 16), _tile(self.N)
@@ -96,13 +97,16 @@ class _Plan:
         constants = constants | self.walking
         self.launch(kernel, name, grid, *arguments, self.segment, *at.arguments, RAGGED=at.ragged, **constants)
 
-    def starts(self, begin: Tensor, rows: Tensor, z: Tensor | None, columns: Tensor, *, reverse: bool) -> Tensor:
-        """The states before all segments, or the cotangents after them (``reverse``)."""
+    def starts(
+        self, begin: Tensor, rows: Tensor, z: Tensor | None, columns: Tensor, *, reverse: bool, fine: bool = True
+    ) -> Tensor:
+        """The states before all segments, or the cotangents after them (``reverse``); ``fine`` for backward."""
         if self.segment == _WHOLE:
             return begin
         at, size = self.segments, self.P * self.N
         states, decay = begin.new_empty(at.slots, *begin.shape[1:]), begin.new_empty(at.slots, self.H)
-        self.walk(self.kernels.carry, f"carry {reverse}", rows, z, columns, self.sums, states, decay, REVERSE=reverse)
+        given, ways = (rows, z, columns, self.sums, states, decay), {"REVERSE": reverse, "FINE": fine}
+        self.walk(self.kernels.carry, f"carry {reverse} {fine}", *given, **ways)
         block = min(1024, _tile(size))
         grid = (at.rows, self.H, -(-size // block))
         constants = {"H": self.H, "REVERSE": reverse, "BLOCK": block, "RAGGED": at.ragged}
@@ -119,27 +123,27 @@ class _Kernels:
     def forward(self, call: Call, keep: bool) -> Results:
         one, where = _Plan(call), call.where
         y, end = gpu.new(one.x, where), torch.empty_like(one.begin)
-        start = one.starts(one.begin, one.x, None, one.B, reverse=False)
+        start = one.starts(one.begin, one.x, None, one.B, reverse=False, fine=False)
         given = (one.x, one.B, one.C, one.D, one.z, one.sums, start, y, end)
-        one.walk(one.kernels.emit, "emit", *given, *[None] * 6, one.chunks.slots)
+        one.walk(one.kernels.emit, "emit", *given, *[None] * 7, one.chunks.slots)
         return y, [end], one.begin.new_empty(0)
 
     def backward(self, call: Call, ends: Some, kept: Tensor, grad_y: Tensor, grad_ends: Some) -> Gradients:
         one, where = _Plan(call), call.where
         x, B, C, D, z, begin, slots = one.x, one.B, one.C, one.D, one.z, one.begin, one.chunks.slots
-        states, cotangents = (begin.new_empty(slots, *begin.shape[1:], dtype=one.factor) for _ in range(2))
+        states, cotangents = (begin.new_empty(slots, *begin.shape[1:], dtype=one.stored) for _ in range(2))
+        units = begin.new_empty(one.blocks, 2, slots, one.H)
         parts = begin.new_empty(one.blocks, 2, slots, one.H, one.chunk)
         d_z = None if z is None else gpu.new(z, where)
         d_D = None if D is None else begin.new_zeros(slots, *D.shape)
         gated = None if z is None else x.new_empty(x.shape, dtype=one.factor)
         start = one.starts(begin, x, None, B, reverse=False)
-        given = (x, B, C, D, z, one.sums, start, None, None, grad_y, gated, d_z, d_D, states, parts, slots)
+        given = (x, B, C, D, z, one.sums, start, None, None, grad_y, gated, d_z, d_D, states, units, parts, slots)
         one.walk(one.kernels.emit, "states", *given)
 
         d_x, d_begin = gpu.new(x, where), torch.empty_like(begin)
-        g = grad_y if gated is None else gated
         start = one.starts(grad_ends[0], grad_y, z, C, reverse=True)
-        back = (x, g, B, C, D, one.sums, start, cotangents, d_begin, d_x, parts, slots)
+        back = (x, grad_y, z, B, C, D, one.sums, start, cotangents, units, d_begin, d_x, parts, slots)
         one.walk(one.kernels.mirror, "mirror", *back)
 
         each = one.H // one.groups
@@ -149,7 +153,7 @@ class _Kernels:
         # Summed in the dtype of sums; of one block there is nothing to sum.
         d_B, d_C = (gpu.new(begin if blocks > 1 else value, where, (blocks, *B.shape)) for value in (B, C))
         through = begin.new_empty(one.tiles, slots, one.H)
-        shared = (x, g, B, C, one.sums, states, cotangents, through, d_B, d_C)
+        shared = (x, grad_y if gated is None else gated, B, C, one.sums, states, cotangents, units, through, d_B, d_C)
         numbers = (slots, one.tokens, heads, blocks)
         grid, at = (slots, one.groups * blocks * one.tiles), one.chunks
         constants = {"RAGGED": at.ragged, **one.gathering}

@@ -21,8 +21,9 @@ A state is held as slices of NB columns of N, and products over N are sums over 
 in registers beside the state, and all of its columns do not fit. What is used twice is loaded twice for that, too, and
 with a store in between where the compiler would else make one load of the two.
 
-Where products are of bfloat16, what goes into the gradients of decays is SPLIT into two terms: these are sums over all
-tokens, in which much cancels that rounding errors do not follow.
+Where products are of bfloat16, what goes into the gradients of decays is SPLIT into two terms, and the states that
+backward stores are of float16, each with a power of two in `units` (tiles of P, 2, slots, H): these gradients are sums
+over all tokens, in which much cancels that rounding errors do not follow.
 """
 
 from __future__ import annotations
@@ -115,17 +116,49 @@ def _store_state(base, index, P: tl.constexpr, N: tl.constexpr, p, n, value):
     tl.store(base + index * (P * N) + (p[:, None] * N + n[None, :]), value.to(base.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _load_gated(rows, z, first, count, row, at, width: tl.constexpr, c, L: tl.constexpr, TO: tl.constexpr):
+    """Rows times silu(z), if there is a z."""
+    value = _load(rows, first, count, row, at, width, c, L, TO)
+    if z is not None:
+        value *= silu(_load(z, first, count, row, at, width, c, L, TO))
+    return value
+
+
+@triton.jit
+def _move_on(state, rows, columns, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+    """state + rowsᵀ columns, of both terms of the rows if SPLIT; the columns are exact in the products' dtype."""
+    state = onto(state, tl.trans(rows.to(columns.dtype)), columns, PRECISION)
+    if SPLIT:
+        state = onto(state, tl.trans(lost(rows).to(columns.dtype)), columns, PRECISION, 1)
+    return state
+
+
+@triton.jit
+def _unit(largest):
+    """The power of two in which a state, none of it above these, is kept in float16: all of it is less than 2¹⁵ times
+    as much. Not below 2⁻¹⁰⁰."""
+    top = tl.max(largest)
+    power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.maximum(power * 0.00006103515625, 7.888609052210118e-31)
+
+
 @triton.jit(do_not_specialize=["time", "S"])
 def carry(
     rows, z, columns, sums, added, decay, S, time, lengths, cu_seqlens, row_of,
-    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, FINE: tl.constexpr,
+    PRECISION: tl.constexpr,
     L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to the state, of x and B, or to the cotangent, of dy and C (REVERSE), and its decay."""
+    """What a segment adds to the state, of x and B, or to the cotangent, of dy and C (REVERSE), and its decay.
+
+    FINE: for the gradients of decays.
+    """
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, segment, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    SPLIT: tl.constexpr = PRECISION == "bf16" or PRECISION == "bf16-emulated"
     p = tl.program_id(2) // SLICES * PB + tl.arange(0, PB)
     n = tl.program_id(2) % SLICES * NB + tl.arange(0, NB)
     if (here > 0) | (segment == 0):
@@ -136,14 +169,12 @@ def carry(
             c = chunks - 1 - step if REVERSE else step
             token, count = first + c * L, here.to(tl.int32) - c * L
             size, upto, rest, whole = _decays(sums, (chunk + c) * H + head, L)
-            left = _load(rows, token, count, H * P, head * P, P, p, L, ACC)
-            if z is not None:
-                gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
-                left = left * silu(gate)
+            left = _load_gated(rows, z, token, count, H * P, head * P, P, p, L, ACC)
             right = _load(columns, token, count, H // E * N, head // E * N, N, n, L, MUL)
-            weight = upto if REVERSE else rest * size
-            left = (left * weight[:, None]).to(MUL)
-            state = whole * state + dot(tl.trans(left), right, PRECISION)
+            left *= (upto if REVERSE else rest * size)[:, None]
+            state = whole * state + dot(tl.trans(left.to(MUL)), right, PRECISION)
+            if SPLIT and FINE:
+                state = onto(state, tl.trans(lost(left).to(MUL)), right, PRECISION)
             passed *= whole
         _store_state(added, slot * H + head, P, N, p, n, state)
         tl.store(decay + slot * H + head + tl.arange(0, 1), passed)
@@ -171,7 +202,7 @@ def pass_on(
 
 @triton.jit(do_not_specialize=["time", "slots", "S"])
 def emit(
-    x, B, C, D, z, sums, start, y, end, grad_y, gated, d_z, d_D, each, parts,
+    x, B, C, D, z, sums, start, y, end, grad_y, gated, d_z, d_D, each, units, parts,
     slots, S, time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
@@ -200,11 +231,18 @@ def emit(
             size, upto, rest, whole = _decays(sums, index, L)
             out = tl.zeros([L, PB], ACC)
             if grad_y is not None:
+                unit = 1.0
+                if SPLIT:
+                    largest = tl.abs(h[0])
+                    for s in tl.static_range(1, SLICES):
+                        largest = tl.maximum(largest, tl.abs(h[s]))
+                    unit = _unit(largest)
+                    tl.store(units + (tl.program_id(2) * 2 * slots * H + index), unit)
                 for s in tl.static_range(SLICES if SPLIT else 0):
                     C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                     out = onto(out, C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
                 for s in tl.static_range(SLICES):
-                    _store_state(each, index, P, N, p, s * NB + n, h[s])
+                    _store_state(each, index, P, N, p, s * NB + n, h[s] * (1.0 / unit))
             for s in tl.static_range(SLICES):
                 C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 out = onto(out, C_, tl.trans(h[s].to(MUL)), PRECISION)
@@ -243,12 +281,11 @@ def emit(
                 else:
                     _store(y, token, count, H * P, head * P, P, p, L, out)
             size, upto, rest, whole = _decays(sums, index, L)
-            late = _load(x, token, count, H * P, head * P, P, p, L, MUL).to(ACC)
-            late = tl.trans((late * (rest * size)[:, None]).to(MUL))
+            late = _load(x, token, count, H * P, head * P, P, p, L, MUL).to(ACC) * (rest * size)[:, None]
             following = ()
             for s in tl.static_range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                following += (onto(whole * h[s], late, B_, PRECISION),)
+                following += (_move_on(whole * h[s], late, B_, PRECISION, SPLIT and grad_y is not None),)
             h = following
         if end is not None:  # noqa: SIM102 - known when compiling, the other is not
             if final:
@@ -258,7 +295,7 @@ def emit(
 
 @triton.jit(do_not_specialize=["time", "slots", "S"])
 def mirror(
-    x, g, B, C, D, sums, start, each, last, d_x, parts, slots, S, time, lengths, cu_seqlens, row_of,
+    x, grad_y, z, B, C, D, sums, start, each, units, last, d_x, parts, slots, S, time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -282,12 +319,19 @@ def mirror(
             token, count = first + c * L, here.to(tl.int32) - c * L
             index = (chunk + c) * H + head
             size, upto, rest, whole = _decays(sums, index, L)
+            unit = 1.0
+            if SPLIT:
+                largest = tl.abs(d[0])
+                for s in tl.static_range(1, SLICES):
+                    largest = tl.maximum(largest, tl.abs(d[s]))
+                unit = _unit(largest)
+                tl.store(units + ((tl.program_id(2) * 2 + 1) * slots * H + index), unit)
             to_u = tl.zeros([L, PB], ACC)
             for s in tl.static_range(SLICES if SPLIT else 0):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 to_u = onto(to_u, B_, tl.trans(lost(d[s]).to(MUL)), PRECISION)
             for s in tl.static_range(SLICES):
-                _store_state(each, index, P, N, p, s * NB + n, d[s])
+                _store_state(each, index, P, N, p, s * NB + n, d[s] * (1.0 / unit))
             for s in tl.static_range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 to_u = onto(to_u, B_, tl.trans(d[s].to(MUL)), PRECISION)
@@ -299,22 +343,21 @@ def mirror(
             for s in range(SLICES):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                 C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                weights += dot(B_, tl.trans(C_), PRECISION)
+                weights = onto(weights, B_, tl.trans(C_), PRECISION)
             weights = (weights * _between(sums, index, L, True)).to(MUL)
-            g_ = _load(g, token, count, H * P, head * P, P, p, L, MUL)
-            to_u = onto(to_u, weights, g_, PRECISION)
+            g = _load_gated(grad_y, z, token, count, H * P, head * P, P, p, L, ACC)
+            to_u = onto(to_u, weights, g.to(MUL), PRECISION)
             size, upto, rest, whole = _decays(sums, index, L)
             to_x = to_u * size[:, None]
             if D is not None:
-                to_x += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * g_.to(ACC)
+                to_x += tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :] * g
             _store(d_x, token, count, H * P, head * P, P, p, L, to_x)
             size, upto, rest, whole = _decays(sums, index, L)
-            early = _load(g, token, count, H * P, head * P, P, p, L, MUL).to(ACC)
-            early = tl.trans((early * upto[:, None]).to(MUL))
+            early = _load_gated(grad_y, z, token, count, H * P, head * P, P, p, L, ACC) * upto[:, None]
             following = ()
             for s in tl.static_range(SLICES):
                 C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
-                following += (onto(whole * d[s], early, C_, PRECISION),)
+                following += (_move_on(whole * d[s], early, C_, PRECISION, SPLIT),)
             d = following
         if segment == 0:
             for s in tl.static_range(SLICES):
@@ -323,7 +366,7 @@ def mirror(
 
 @triton.jit(do_not_specialize=["time", "slots", "total", "EB", "blocks"])
 def gather(
-    x, g, B, C, sums, states, cotangents, through, d_B, d_C, slots, total, EB, blocks,
+    x, g, B, C, sums, states, cotangents, units, through, d_B, d_C, slots, total, EB, blocks,
     time, lengths, cu_seqlens, row_of,
     H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     L: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, RAGGED: tl.constexpr,
@@ -339,6 +382,8 @@ def gather(
     _, _, first, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, L, RAGGED)
     ACC: tl.constexpr = sums.dtype.element_ty
     MUL: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else ACC
+    SPLIT: tl.constexpr = PRECISION == "bf16" or PRECISION == "bf16-emulated"
+    KEPT: tl.constexpr = states.dtype.element_ty
     G: tl.constexpr = H // E
     n = tile * NB + tl.arange(0, NB)
     if here > 0:
@@ -353,16 +398,20 @@ def gather(
                 x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
                 g_ = _load(g, first, here, H * P, head * P, P, p, L, MUL)
                 products += dot(x_, tl.trans(g_), PRECISION)
-                h = _load_state(states, index, P, N, p, n, MUL)
-                to_C += dot((g_.to(ACC) * upto[:, None]).to(MUL), h, PRECISION)
-                d = _load_state(cotangents, index, P, N, p, n, MUL)
-                to_B += dot((x_.to(ACC) * (rest * size)[:, None]).to(MUL), d, PRECISION)
-                passed += tl.sum(h.to(ACC) * d.to(ACC), 0)
+                unit_h, unit_d = 1.0, 1.0
+                if SPLIT:
+                    unit_h = tl.load(units + (k * 2 * slots * H + index))
+                    unit_d = tl.load(units + ((k * 2 + 1) * slots * H + index))
+                h = _load_state(states, index, P, N, p, n, KEPT)
+                to_C = onto(to_C, (g_.to(ACC) * (upto * unit_h)[:, None]).to(MUL), h.to(MUL), PRECISION)
+                d = _load_state(cotangents, index, P, N, p, n, KEPT)
+                to_B = onto(to_B, (x_.to(ACC) * (rest * size * unit_d)[:, None]).to(MUL), d.to(MUL), PRECISION)
+                passed += (unit_h * unit_d) * tl.sum(h.to(ACC) * d.to(ACC), 0)
             tl.store(through + tile * slots * H + index, tl.sum(passed, 0))
             pairs += products * _between(sums, index, L, True) * size[:, None]
         pairs = pairs.to(MUL)
-        to_B += dot(pairs, _load(C, first, here, G * N, group * N, N, n, L, MUL), PRECISION)
-        to_C += dot(tl.trans(pairs), _load(B, first, here, G * N, group * N, N, n, L, MUL), PRECISION)
+        to_B = onto(to_B, pairs, _load(C, first, here, G * N, group * N, N, n, L, MUL), PRECISION)
+        to_C = onto(to_C, tl.trans(pairs), _load(B, first, here, G * N, group * N, N, n, L, MUL), PRECISION, 1)
         token = block.to(tl.int64) * total + first
         _store(d_B, token, here, G * N, group * N, N, n, L, to_B)
         _store(d_C, token, here, G * N, group * N, N, n, L, to_C)
