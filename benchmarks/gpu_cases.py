@@ -167,4 +167,12 @@ CASES: tuple[GpuCase, ...] = (
         {**{name: "B T H K" for name in ("r", "log_w", "k", "a", "b")}, "v": "B T H V"},
         floor=(7, 22),
     ),
+    GpuCase(  # few heads: in segments
+        "wkv7",
+        1,
+        4096,
+        {"H": 12, "K": 64, "V": 64},
+        {**{name: "B T H K" for name in ("r", "log_w", "k", "a", "b")}, "v": "B T H V"},
+        floor=(7, 22),
+    ),
 )

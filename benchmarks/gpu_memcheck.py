@@ -31,6 +31,8 @@ from statewise.testing.cases import CASES
 __all__ = ["every_choice", "main", "runs"]
 
 _TIMES = (1, 37)
+# Tokens of the one row of a case of few heads: enough to be cut into segments.
+_SEGMENTS = 600
 _SMALL = {"H": 3, "C": 96}
 
 
@@ -89,11 +91,12 @@ def runs(device: str) -> Iterator[Run]:
         if row.op not in served:
             continue
         sizes = {letter: min(size, _SMALL.get(letter, size)) for letter, size in row.sizes.items()}
+        rows, time = (1, _SEGMENTS) if row.batch == 1 else (2, 100)
         for dtype in (torch.bfloat16, torch.float32):
-            for kind, where in _where(row.op, 2, 100, device):
+            for kind, where in _where(row.op, rows, time, device):
                 if kind != "dense" and dtype == torch.float32:
                     continue  # differs from bfloat16 in how products are made, not in where things lie
-                small = dataclasses.replace(row, batch=1 if kind == "packed" else 2, time=100, sizes=sizes)
+                small = dataclasses.replace(row, batch=1 if kind == "packed" else rows, time=time, sizes=sizes)
 
                 def shape(s: Any = small, w: Any = where, d: Any = dtype) -> None:
                     inputs = {k: x.requires_grad_() for k, x in draw(s, d, device).items()}

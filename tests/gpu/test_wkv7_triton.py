@@ -136,6 +136,35 @@ def test_ragged(how: str) -> None:
     assert max(against_truth(inputs, state, **{how: where}).values()) <= 1e-10
 
 
+SEGMENTS = {
+    "dense": {},
+    "lengths": {"lengths": [600, 0, 300]},
+    "cu_seqlens": {"cu_seqlens": [0, 0, 7, 263, 600]},
+}
+
+
+@pytest.mark.parametrize("how", SEGMENTS)
+def test_segments_are_the_whole(how: str) -> None:
+    """Rows are cut into segments of at least 256 tokens where they and heads are few."""
+    options = {name: torch.tensor(value, device=DEVICE) for name, value in SEGMENTS[how].items()}
+    inputs, state = make(B=3 if how == "lengths" else 1, T=600, H=1, K=16, V=20)
+    if how == "cu_seqlens":
+        state = torch.randn(4, 1, 16, 20, dtype=torch.float64, device=DEVICE)
+    assert max(against_truth(inputs, state, **options).values()) <= 1e-10
+
+
+@pytest.mark.parametrize("keys", ["random", "repeated"])
+def test_segments_lose_no_digits(keys: str) -> None:
+    inputs, state = make(keys, T=600, H=2, K=64, V=64, dtype=torch.bfloat16)
+    error = against_truth(inputs, state.float())
+    assert error["y"] <= 0.003
+    assert error["end"] <= 0.004
+    for name in NAMES[2:]:
+        assert error[name] <= 0.005, name
+    single = against_truth([x.float() for x in inputs], state.float())
+    assert max(single.values()) <= 1e-5
+
+
 def test_strides_mean_nothing_and_runs_agree() -> None:
     inputs, state = make(T=40, K=16, V=16, dtype=torch.bfloat16)
     across = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]

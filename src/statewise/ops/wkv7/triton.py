@@ -1,7 +1,7 @@
 """Launches the GPU kernels, triton_kernels.py.
 
 Legend: B batch, T time, H heads, K key rows, V value columns, KP and VP the two padded to powers of two, L tokens of a
-chunk, n sequences.
+chunk, S tokens of a segment, n sequences.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ __all__ = ["MOST", "wkv7"]
 MOST = 128
 
 _CHUNK = 32
+# Programs that keep a GPU busy: rows and heads fewer than these are cut into segments, of so many tokens at least.
+# Constants, not what the device has: the order of sums is the same on all of them. From _WHOLE tokens on all are cut.
+_PROGRAMS = 128
+_SEGMENT = 256
+_WHOLE = 1 << 20
 # Key rows at a time where not all are needed at once.
 _BAND = 32
 
 
 class _Plan(NamedTuple):
-    """How a call is computed. A chunk is what fits on chip; how it is cut never depends on T or B."""
+    """How a call is computed. A chunk is what fits on chip; it never depends on T or B."""
 
     H: int
     K: int
@@ -54,6 +59,15 @@ def _plan(call: Call) -> _Plan:
     # Inside a chunk, what equal keys add to a value and what they take away nearly cancel: eight bits would show.
     fine = gpu.dot_precision(dtype, True) if coarse else precision
     return _Plan(H, K, V, KP, VP, _CHUNK, torch.bfloat16 if coarse else state.dtype, precision, fine)
+
+
+def _segment(plan: _Plan, v: Tensor) -> int:
+    """Tokens that a program of `scan` walks one after another."""
+    batch, time = v.shape[:2]
+    wanted = batch * time * plan.H // _PROGRAMS
+    if max(wanted, _SEGMENT) >= time and time < _WHOLE:
+        return _WHOLE
+    return max(_SEGMENT, min(wanted, _WHOLE) // plan.L * plan.L)
 
 
 def _shapes(plan: _Plan, slots: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -119,7 +133,7 @@ class _Kernels:
             CB=min(_BAND, plan.KP),
             FINE=plan.fine,
         )
-        self._scan(kernels.scan, (move, add, decay, state, states, end), plan, at, reverse=False)
+        self._scan(plan, call, (move, add, decay), state, states, end, False)
         given = (read, add_y, states, y, *at.arguments, plan.H, plan.V)
         gpu.launch(kernels.emit, grid, *given, **plan.sizes, RAGGED=at.ragged)
         return y, [end], kept if keep else state.new_empty(0)
@@ -136,7 +150,7 @@ class _Kernels:
         grid = (at.slots, plan.H)
         given = (read, grad_y, add, *at.arguments, plan.H, plan.V)
         gpu.launch(kernels.pull, grid, *given, **plan.sizes, RAGGED=at.ragged)
-        self._scan(kernels.scan, (move, add, decay, grad_ends[0], grad_states, d_state), plan, at, reverse=True)
+        self._scan(plan, call, (move, add, decay), grad_ends[0], grad_states, d_state, True)
         gpu.launch(
             kernels.backward,
             grid,
@@ -150,12 +164,44 @@ class _Kernels:
         )
         return grads, [], [d_state]
 
-    def _scan(self, kernel: Any, tensors: Sequence[Tensor], plan: _Plan, at: gpu.Where, *, reverse: bool) -> None:
+    def _scan(
+        self,
+        plan: _Plan,
+        call: Call,
+        maps: Sequence[Tensor],
+        begin: Tensor,
+        states: Tensor,
+        end: Tensor,
+        reverse: bool,
+    ) -> None:
+        """The states before all chunks, or the cotangents after them, and the last; ``maps``: move, add and decay."""
+        from statewise.ops.wkv7 import triton_kernels as kernels
+
+        v, segment = call.inputs[3], _segment(plan, call.inputs[3])
+        at = gpu.place(v, call.where, segment)
         columns = min(plan.VP, 64)
+        tiles: dict[str, Any] = {**plan.sizes, "VB": columns, "RAGGED": at.ragged, "REVERSE": reverse}
+        if segment != _WHOLE:
+            begin = self._starts(plan, at, segment, maps, begin, tiles)
+        given = (*maps, begin, states, end, segment, *at.arguments, plan.H, plan.K, plan.V)
+        gpu.launch(kernels.scan, (at.slots, plan.H, plan.VP // columns), *given, **tiles)
+
+    def _starts(
+        self, plan: _Plan, at: gpu.Where, segment: int, maps: Sequence[Tensor], begin: Tensor, tiles: dict[str, Any]
+    ) -> Tensor:
+        """What every segment begins with."""
+        from statewise.ops.wkv7 import triton_kernels as kernels
+
+        both = plan.KP + plan.VP
+        whole, starts = begin.new_empty(at.slots, plan.H, plan.KP, both), begin.new_empty(at.slots, *begin.shape[1:])
+        columns = min(plan.KP, tiles["VB"])
+        given = (*maps, whole, segment, *at.arguments, plan.H)
+        gpu.launch(kernels.carry, (at.slots, plan.H, both // columns), *given, **{**tiles, "VB": columns})
         time, lengths, cu_seqlens, _ = at.arguments
-        grid = (at.rows * plan.H, plan.VP // columns)
-        given = (*tensors, time, lengths, cu_seqlens, plan.H, plan.K, plan.V)
-        gpu.launch(kernel, grid, *given, **plan.sizes, VB=columns, RAGGED=at.ragged, REVERSE=reverse)
+        onward = (whole, begin, starts, segment, time, lengths, cu_seqlens, plan.H, plan.K, plan.V)
+        grid = (at.rows * plan.H, plan.VP // tiles["VB"])
+        gpu.launch(kernels.pass_on, grid, *onward, **{**tiles, "PRECISION": plan.fine})
+        return starts
 
 
 _wkv7 = register_pair(

@@ -12,6 +12,9 @@ and ab, ak, rb, rk (L, L). PRECISION is that of products, FINE that of what is i
 Backward, with dS' from the chunk after: dF = rbᵀ dy + b_out dS', E = Xᵀ dF, and everything else is a product of two of
 dy, E, F, V, S, dS'. dS = readᵀ dy + (diag D(L,0) + move)ᵀ dS'.
 
+Sequences are walked whole, or, where they and heads are few, in segments of S tokens (whole chunks): `carry` finds
+what each makes of the state it starts from, `pass_on` that state, and `scan` walks all of them at once.
+
 What goes between kernels is padded and laid out by (slot, head), so that it needs no masks: padding is zero, but for
 its decay, which is one.
 """
@@ -23,7 +26,7 @@ import triton.language as tl
 
 from statewise.ops.triton_parts import apart, dot, first_slot, locate_row, locate_slot, onto
 
-__all__ = ["backward", "chunk", "emit", "pull", "scan"]
+__all__ = ["backward", "carry", "chunk", "emit", "pass_on", "pull", "scan"]
 
 # Largest total log decay of a chunk for which decays between two positions are split into two factors around the
 # chunk's middle: a factor stays below e^20. RWKV-7 forgets at most e^-38.8 in 64 tokens.
@@ -239,39 +242,99 @@ def chunk(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["time"])
-def scan(
-    move, add, decay, begin, states, end, time, lengths, cu_seqlens, H, K, V,
+@triton.jit(do_not_specialize=["time", "S"])
+def carry(
+    move, add, decay, maps, S, time, lengths, cu_seqlens, row_of, H,
     L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, VB: tl.constexpr, RAGGED: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S ← (diag(decay) + move) S + add over the chunks of a head, each S kept before it moves on.
+    """What `scan` makes of the state before a segment: `maps` (KP, KP + VP), its matrix and what is added."""
+    slot = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row, segment, _, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
+    if here > 0:
+        chunks = tl.cdiv(here, L)
+        first = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
+        i = tl.arange(0, KP)
+        j = tl.program_id(2) * VB + tl.arange(0, VB)
+        added = (j >= KP)[None, :]
+        inner = i[:, None] * VP + (j - KP)[None, :]
+        across = i[None, :] * KP + i[:, None] if REVERSE else i[:, None] * KP + i[None, :]
+        at = (first + chunks - 1 if REVERSE else first) * H + head
+        onward = -H if REVERSE else H
+        now = tl.where(i[:, None] == j[None, :], 1.0, 0.0).to(maps.dtype.element_ty)
+        for _ in range(chunks):
+            matrix = tl.load(move + at * (KP * KP) + across)
+            more = tl.load(add + at * (KP * VP) + inner, mask=added, other=0.0).to(now.dtype)
+            down = tl.load(decay + at * KP + i)
+            now = down[:, None] * now + more + dot(matrix, now.to(matrix.dtype), PRECISION)
+            at += onward
+        tl.store(maps + (slot * H + head) * (KP * (KP + VP)) + i[:, None] * (KP + VP) + j[None, :], now)
 
-    In reverse, with move transposed, from the last chunk to the first: the cotangent of the state each chunk ends with.
-    """
+
+@triton.jit(do_not_specialize=["time", "S"])
+def pass_on(
+    maps, begin, starts, S, time, lengths, cu_seqlens, H, K, V,
+    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, VB: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state each segment starts from (REVERSE: the cotangent of the one it ends with), as `begin` is laid out."""
     program = tl.program_id(0).to(tl.int64)
     row = program // H
     head = program % H
     _, count = locate_row(row, time, lengths, cu_seqlens, RAGGED)
-    slot = first_slot(row, time, cu_seqlens, L, RAGGED)
-    chunks = tl.cdiv(count, L)
+    segments = tl.maximum(tl.cdiv(count, S), 1)
     i = tl.arange(0, KP)
     j = tl.program_id(1) * VB + tl.arange(0, VB)
     live = (i < K)[:, None] & (j < V)[None, :]
-    outer = (program * K + i)[:, None] * V + j[None, :]
-    inner = i[:, None] * VP + j[None, :]
-    across = i[None, :] * KP + i[:, None] if REVERSE else i[:, None] * KP + i[None, :]
-    now = tl.load(begin + outer, mask=live, other=0.0)
-    at = (slot + chunks - 1 if REVERSE else slot) * H + head
+    outer = i[:, None] * V + j[None, :]
+    now = tl.load(begin + program * (K * V) + outer, mask=live, other=0.0)
+    slot = first_slot(row, time, cu_seqlens, S, RAGGED)
+    at = (slot + segments - 1 if REVERSE else slot) * H + head
     onward = -H if REVERSE else H
-    for _ in range(chunks):
-        tl.store(states + at * (KP * VP) + inner, now.to(states.dtype.element_ty))
-        matrix = tl.load(move + at * (KP * KP) + across)
-        more = tl.load(add + at * (KP * VP) + inner).to(now.dtype)
-        down = tl.load(decay + at * KP + i)
-        now = down[:, None] * now + more + dot(matrix, now.to(matrix.dtype), PRECISION)
+    for n in range(segments):
+        tl.store(starts + at * (K * V) + outer, now, mask=live)
+        if n + 1 < segments:
+            each = maps + at * (KP * (KP + VP)) + i[:, None] * (KP + VP)
+            now = tl.load(each + (KP + j)[None, :]) + dot(tl.load(each + i[None, :]), now, PRECISION)
         at += onward
-    tl.store(end + outer, now, mask=live)
+
+
+@triton.jit(do_not_specialize=["time", "S"])
+def scan(
+    move, add, decay, begin, states, end, S, time, lengths, cu_seqlens, row_of, H, K, V,
+    L: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, VB: tl.constexpr, RAGGED: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S ← (diag(decay) + move) S + add over the chunks of a segment, each S kept before it moves on; `end` is a row's.
+
+    In reverse, with move transposed, from the last chunk to the first: the cotangent of the state each chunk ends with.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row, segment, _, here = locate_slot(slot, time, lengths, cu_seqlens, row_of, S, RAGGED)
+    if (here > 0) | (segment == 0):
+        _, count = locate_row(row, time, lengths, cu_seqlens, RAGGED)
+        chunks = tl.maximum(tl.cdiv(here, L), 0)
+        first = first_slot(row, time, cu_seqlens, L, RAGGED) + segment * (S // L)
+        i = tl.arange(0, KP)
+        j = tl.program_id(2) * VB + tl.arange(0, VB)
+        live = (i < K)[:, None] & (j < V)[None, :]
+        outer = i[:, None] * V + j[None, :]
+        inner = i[:, None] * VP + j[None, :]
+        across = i[None, :] * KP + i[:, None] if REVERSE else i[:, None] * KP + i[None, :]
+        now = tl.load(begin + (slot * H + head) * (K * V) + outer, mask=live, other=0.0)
+        at = (first + chunks - 1 if REVERSE else first) * H + head
+        onward = -H if REVERSE else H
+        for _ in range(chunks):
+            tl.store(states + at * (KP * VP) + inner, now.to(states.dtype.element_ty))
+            matrix = tl.load(move + at * (KP * KP) + across)
+            more = tl.load(add + at * (KP * VP) + inner).to(now.dtype)
+            down = tl.load(decay + at * KP + i)
+            now = down[:, None] * now + more + dot(matrix, now.to(matrix.dtype), PRECISION)
+            at += onward
+        if (segment == 0) if REVERSE else (count <= (segment + 1) * S):
+            tl.store(end + (row * H + head) * (K * V) + outer, now, mask=live)
 
 
 @triton.jit(do_not_specialize=["time"])
