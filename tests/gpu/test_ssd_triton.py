@@ -5,6 +5,7 @@ Legend (B and C are the paper's matrices, so sizes are spelled out): H heads, P 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,6 +138,15 @@ def test_segments_are_the_whole() -> None:
     bounds = torch.tensor([0, 3, 3, 150, 200], device=DEVICE)
     inputs["state"] = torch.randn(4, 1, 16, 16, dtype=torch.float64, device=DEVICE)
     for name, ratio in ratios(inputs, cu_seqlens=bounds).items():
+        assert ratio <= 1e-12, f"{name}: {ratio:.1e}"
+
+
+def test_what_is_too_long_to_stay_whole_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where there are programs enough without."""
+    module = importlib.import_module("statewise.ops.ssd.triton")
+    monkeypatch.setattr(module, "_WHOLE", 256)
+    monkeypatch.setattr(module, "_PROGRAMS", 1)
+    for name, ratio in ratios(draw((1, 300, 2, 16, 1, 16), torch.float64)).items():
         assert ratio <= 1e-12, f"{name}: {ratio:.1e}"
 
 

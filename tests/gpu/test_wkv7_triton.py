@@ -6,6 +6,8 @@ Legend: B batch, T time, H heads, K key rows, V value columns.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,6 +153,15 @@ def test_segments_are_the_whole(how: str) -> None:
     if how == "cu_seqlens":
         state = torch.randn(4, 1, 16, 20, dtype=torch.float64, device=DEVICE)
     assert max(against_truth(inputs, state, **options).values()) <= 1e-10
+
+
+def test_what_is_too_long_to_stay_whole_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where there are programs enough without."""
+    module = importlib.import_module("statewise.ops.wkv7.triton")
+    monkeypatch.setattr(module, "_WHOLE", 512)
+    monkeypatch.setattr(module, "_PROGRAMS", 1)
+    inputs, state = make(T=600, H=2, K=16, V=16)
+    assert max(against_truth(inputs, state).values()) <= 1e-10
 
 
 @pytest.mark.parametrize("keys", ["random", "repeated"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["apart", "dot", "first_slot", "locate_row", "locate_slot", "lost", "sigmoid", "silu", "softplus"]
+__all__ = ["apart", "dot", "first_slot", "locate_row", "locate_slot", "lost", "onto", "sigmoid", "silu", "softplus"]
 
 
 @triton.jit

@@ -18,7 +18,7 @@ MOST_STATES = 256
 # Programs that fill a GPU. Fewer sequences and heads than these are cut into segments of time, and gradients of B and C
 # into blocks of heads. A constant, not what the device has: the order of sums is the same on all of them.
 _PROGRAMS = 256
-# Longer than any sequence that is not cut.
+# Longer than any sequence that is not cut, and than any segment of one that is.
 _WHOLE = 1 << 20
 # Of warps and stages; neither changes a sum.
 _CHOICES = ((8, 2), (8, 1), (4, 2), (4, 1))
@@ -81,7 +81,7 @@ class _Plan:
         segment = 2 * self.chunk
         if max(wanted, segment) >= time and time < _WHOLE:
             return _WHOLE
-        return max(segment, min(wanted, _WHOLE) // segment * segment)
+        return max(segment, min(wanted, _WHOLE // 2) // segment * segment)
 
     def launch(self, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         def run(choice: tuple[int, int]) -> None:

@@ -22,7 +22,8 @@ MOST = 128
 
 _CHUNK = 32
 # Programs that keep a GPU busy: rows and heads fewer than these are cut into segments, of so many tokens at least.
-# Constants, not what the device has: the order of sums is the same on all of them. From _WHOLE tokens on all are cut.
+# Constants, not what the device has: the order of sums is the same on all of them. _WHOLE is longer than any sequence
+# that is not cut, and than any segment of one that is.
 _PROGRAMS = 128
 _SEGMENT = 256
 _WHOLE = 1 << 20
@@ -67,7 +68,7 @@ def _segment(plan: _Plan, v: Tensor) -> int:
     wanted = batch * time * plan.H // _PROGRAMS
     if max(wanted, _SEGMENT) >= time and time < _WHOLE:
         return _WHOLE
-    return max(_SEGMENT, min(wanted, _WHOLE) // plan.L * plan.L)
+    return max(_SEGMENT, min(wanted, _WHOLE // 2) // plan.L * plan.L)
 
 
 def _shapes(plan: _Plan, slots: int) -> list[tuple[tuple[int, ...], bool]]:

@@ -195,7 +195,6 @@ def _chunk(
     u = apart(x, apart(ak, vs, FINE), FINE, 1)
     rb, rk = _all_products(r, log_w, k, b, first, here, head, H, K, L, KP, CB, False, ACC, STRONG, FINE)
     x = x.to(MID)
-    vs = _tokens(v, first, here, head, H, V, 0, L, VP, 0, ACC)
     tl.store(_tile(add_y, at, L, VP), onto(apart(rk, vs, FINE), rb, u, FINE, 1).to(MID))
     rb = rb.to(MID)
     u = u.to(MID)
