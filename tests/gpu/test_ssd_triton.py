@@ -144,7 +144,7 @@ def test_segments_are_the_whole() -> None:
 def test_what_is_too_long_to_stay_whole_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where there are programs enough without."""
     module = importlib.import_module("statewise.ops.ssd.triton")
-    monkeypatch.setattr(module, "_WHOLE", 256)
+    monkeypatch.setattr(gpu, "WHOLE", 256)
     monkeypatch.setattr(module, "_PROGRAMS", 1)
     for name, ratio in ratios(draw((1, 300, 2, 16, 1, 16), torch.float64)).items():
         assert ratio <= 1e-12, f"{name}: {ratio:.1e}"

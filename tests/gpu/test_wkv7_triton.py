@@ -158,7 +158,7 @@ def test_segments_are_the_whole(how: str) -> None:
 def test_what_is_too_long_to_stay_whole_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where there are programs enough without."""
     module = importlib.import_module("statewise.ops.wkv7.triton")
-    monkeypatch.setattr(module, "_WHOLE", 512)
+    monkeypatch.setattr(gpu, "WHOLE", 512)
     monkeypatch.setattr(module, "_PROGRAMS", 1)
     inputs, state = make(T=600, H=2, K=16, V=16)
     assert max(against_truth(inputs, state).values()) <= 1e-10

@@ -27,6 +27,7 @@ from statewise.files import atomic_write
 
 __all__ = [
     "WHERE",
+    "WHOLE",
     "Launch",
     "Where",
     "asked_precise",
@@ -37,6 +38,7 @@ __all__ = [
     "new",
     "place",
     "precise",
+    "segment",
     "serves",
     "slot_count",
     "tune",
@@ -179,6 +181,18 @@ def place(model: Tensor, where: Sequence[Tensor | None], chunk: int) -> Where:
     every = torch.arange(slots, device=model.device)
     row_of = (torch.searchsorted(first, every.to(first.dtype), right=True) - 1).to(torch.int32)
     return Where(rows, slots, time, None, cu_seqlens, row_of, 2)
+
+
+#: Longer than any sequence that is not cut into segments, and than any segment of one that is.
+WHOLE = 1 << 20
+
+
+def segment(time: int, wanted: int, least: int, step: int) -> int:
+    """Tokens of a sequence of up to ``time`` that a program walks one after another: :data:`WHOLE`, or about
+    ``wanted``, a multiple of ``step`` and at least ``least``."""
+    if max(wanted, least) >= time and time < WHOLE:
+        return WHOLE
+    return max(least, min(wanted, WHOLE // 2) // step * step)
 
 
 def new(like: Tensor, where: Sequence[Tensor | None], shape: Sequence[int] | None = None) -> Tensor:

@@ -18,8 +18,6 @@ MOST_STATES = 256
 # Programs that fill a GPU. Fewer sequences and heads than these are cut into segments of time, and gradients of B and C
 # into blocks of heads. A constant, not what the device has: the order of sums is the same on all of them.
 _PROGRAMS = 256
-# Longer than any sequence that is not cut, and than any segment of one that is.
-_WHOLE = 1 << 20
 # Of warps and stages; neither changes a sum.
 _CHOICES = ((8, 2), (8, 1), (4, 2), (4, 1))
 _FEW = ((8, 2), (4, 2), (4, 1))  # for `weigh`, which holds no state
@@ -77,11 +75,8 @@ class _Plan:
 
     def _segment(self, time: int) -> int:
         """Tokens that a program walks one after another."""
-        wanted = int(self.tokens * self.H // _PROGRAMS)
-        segment = 2 * self.chunk
-        if max(wanted, segment) >= time and time < _WHOLE:
-            return _WHOLE
-        return max(segment, min(wanted, _WHOLE // 2) // segment * segment)
+        least = 2 * self.chunk
+        return gpu.segment(time, int(self.tokens * self.H // _PROGRAMS), least, least)
 
     def launch(self, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         def run(choice: tuple[int, int]) -> None:
@@ -101,7 +96,7 @@ class _Plan:
         self, begin: Tensor, rows: Tensor, z: Tensor | None, columns: Tensor, *, reverse: bool, fine: bool = True
     ) -> Tensor:
         """The states before all segments, or the cotangents after them (``reverse``); ``fine`` for backward."""
-        if self.segment == _WHOLE:
+        if self.segment == gpu.WHOLE:
             return begin
         at, size = self.segments, self.P * self.N
         states, decay = begin.new_empty(at.slots, *begin.shape[1:]), begin.new_empty(at.slots, self.H)

@@ -135,12 +135,16 @@ def _move_on(state, rows, columns, PRECISION: tl.constexpr, SPLIT: tl.constexpr)
 
 
 @triton.jit
-def _unit(largest):
-    """The power of two in which a state, none of it above these, is kept in float16: all of it is less than 2¹⁵ times
-    as much. Not below 2⁻¹⁰⁰."""
-    top = tl.max(largest)
-    power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.maximum(power * 0.00006103515625, 7.888609052210118e-31)
+def _unit(state, at, SLICES: tl.constexpr):
+    """The power of two in which a state is kept in float16, stored: all of the state is less than 2¹⁵ times as much.
+    Not below 2⁻¹⁰⁰."""
+    largest = tl.abs(state[0])
+    for s in tl.static_range(1, SLICES):
+        largest = tl.maximum(largest, tl.abs(state[s]))
+    power = (tl.max(largest).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = tl.maximum(power * 0.00006103515625, 7.888609052210118e-31)
+    tl.store(at, unit)
+    return unit
 
 
 @triton.jit(do_not_specialize=["time", "S"])
@@ -233,11 +237,7 @@ def emit(
             if grad_y is not None:
                 unit = 1.0
                 if SPLIT:
-                    largest = tl.abs(h[0])
-                    for s in tl.static_range(1, SLICES):
-                        largest = tl.maximum(largest, tl.abs(h[s]))
-                    unit = _unit(largest)
-                    tl.store(units + (tl.program_id(2) * 2 * slots * H + index), unit)
+                    unit = _unit(h, units + (tl.program_id(2) * 2 * slots * H + index), SLICES)
                 for s in tl.static_range(SLICES if SPLIT else 0):
                     C_ = _load(C, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
                     out = onto(out, C_, tl.trans(lost(h[s]).to(MUL)), PRECISION)
@@ -248,10 +248,8 @@ def emit(
                 out = onto(out, C_, tl.trans(h[s].to(MUL)), PRECISION)
             out *= upto[:, None]
             if grad_y is not None:
-                g = _load(grad_y, token, count, H * P, head * P, P, p, L, ACC)
+                g = _load_gated(grad_y, z, token, count, H * P, head * P, P, p, L, ACC)
                 if z is not None:
-                    gate = _load(z, token, count, H * P, head * P, P, p, L, ACC)
-                    g = g * silu(gate)
                     _store(gated, token, count, H * P, head * P, P, p, L, g)
                 tl.store(parts + (tl.program_id(2) * 2 * slots * H + index) * L + i, tl.sum(out * g, 1))
                 if d_D is not None:
@@ -321,11 +319,7 @@ def mirror(
             size, upto, rest, whole = _decays(sums, index, L)
             unit = 1.0
             if SPLIT:
-                largest = tl.abs(d[0])
-                for s in tl.static_range(1, SLICES):
-                    largest = tl.maximum(largest, tl.abs(d[s]))
-                unit = _unit(largest)
-                tl.store(units + ((tl.program_id(2) * 2 + 1) * slots * H + index), unit)
+                unit = _unit(d, units + ((tl.program_id(2) * 2 + 1) * slots * H + index), SLICES)
             to_u = tl.zeros([L, PB], ACC)
             for s in tl.static_range(SLICES if SPLIT else 0):
                 B_ = _load(B, token, count, H // E * N, head // E * N, N, s * NB + n, L, MUL)
@@ -448,10 +442,7 @@ def weigh(
         for k in range((P + PB - 1) // PB):
             p = k * PB + tl.arange(0, PB)
             x_ = _load(x, first, here, H * P, head * P, P, p, L, MUL)
-            g = _load(grad_y, first, here, H * P, head * P, P, p, L, ACC)
-            if z is not None:
-                gate = _load(z, first, here, H * P, head * P, P, p, L, ACC)
-                g *= silu(gate)
+            g = _load_gated(grad_y, z, first, here, H * P, head * P, P, p, L, ACC)
             products = onto(products, x_, tl.trans(g.to(MUL)), PRECISION)
             if SPLIT and z is not None:
                 products = onto(products, x_, tl.trans(lost(g).to(MUL)), PRECISION)

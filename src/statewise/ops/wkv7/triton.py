@@ -22,11 +22,9 @@ MOST = 128
 
 _CHUNK = 32
 # Programs that keep a GPU busy: rows and heads fewer than these are cut into segments, of so many tokens at least.
-# Constants, not what the device has: the order of sums is the same on all of them. _WHOLE is longer than any sequence
-# that is not cut, and than any segment of one that is.
+# Constants, not what the device has: the order of sums is the same on all of them.
 _PROGRAMS = 128
 _SEGMENT = 256
-_WHOLE = 1 << 20
 # Key rows at a time where not all are needed at once.
 _BAND = 32
 
@@ -60,15 +58,6 @@ def _plan(call: Call) -> _Plan:
     # Inside a chunk, what equal keys add to a value and what they take away nearly cancel: eight bits would show.
     fine = gpu.dot_precision(dtype, True) if coarse else precision
     return _Plan(H, K, V, KP, VP, _CHUNK, torch.bfloat16 if coarse else state.dtype, precision, fine)
-
-
-def _segment(plan: _Plan, v: Tensor) -> int:
-    """Tokens that a program of `scan` walks one after another."""
-    batch, time = v.shape[:2]
-    wanted = batch * time * plan.H // _PROGRAMS
-    if max(wanted, _SEGMENT) >= time and time < _WHOLE:
-        return _WHOLE
-    return max(_SEGMENT, min(wanted, _WHOLE // 2) // plan.L * plan.L)
 
 
 def _shapes(plan: _Plan, slots: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -178,11 +167,13 @@ class _Kernels:
         """The states before all chunks, or the cotangents after them, and the last; ``maps``: move, add and decay."""
         from statewise.ops.wkv7 import triton_kernels as kernels
 
-        v, segment = call.inputs[3], _segment(plan, call.inputs[3])
+        v = call.inputs[3]
+        batch, time = v.shape[:2]
+        segment = gpu.segment(time, batch * time * plan.H // _PROGRAMS, _SEGMENT, plan.L)
         at = gpu.place(v, call.where, segment)
         columns = min(plan.VP, 64)
         tiles: dict[str, Any] = {**plan.sizes, "VB": columns, "RAGGED": at.ragged, "REVERSE": reverse}
-        if segment != _WHOLE:
+        if segment != gpu.WHOLE:
             begin = self._starts(plan, at, segment, maps, begin, tiles)
         given = (*maps, begin, states, end, segment, *at.arguments, plan.H, plan.K, plan.V)
         gpu.launch(kernels.scan, (at.slots, plan.H, plan.VP // columns), *given, **tiles)
